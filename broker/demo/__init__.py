@@ -1,0 +1,1 @@
+"""The sandbox provider and the guided run behind `make demo`."""

@@ -1,0 +1,1 @@
+"""Schema migrations; `broker.database` runs them."""

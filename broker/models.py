@@ -1,0 +1,359 @@
+"""Every table, readable in one sitting. No column holds a secret in the clear: secrets live in the vault.
+
+Columns named ``sealed_*`` hold ciphertext made by ``broker.vault.keyring.Sealer``; columns named ``*_digest`` hold
+SHA-256 or HMAC values of high-entropy secrets. Times are seconds since 1970 UTC as a double (``*_at``); leases and expiry
+compare against the database's own clock (``database.now``). Ids are ``<prefix>_`` and 26 characters of a-z0-9.
+"""
+
+from __future__ import annotations
+
+import secrets
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import JSON, Column, Float, Index, Integer, LargeBinary, Text, UniqueConstraint, text
+from sqlmodel import Field, SQLModel
+
+ID_ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789"
+ID_LENGTH = 26
+
+
+def new_id(prefix: str) -> str:
+    """Return a fresh opaque id, for example ``con_…``: about 134 random bits, safe in a host name."""
+    return f"{prefix}_" + "".join(secrets.choice(ID_ALPHABET) for _ in range(ID_LENGTH))
+
+
+def rfc3339(epoch_seconds: float | None) -> str | None:
+    """Return the RFC 3339 form in UTC with milliseconds, or None for None."""
+    if epoch_seconds is None:
+        return None
+    moment = datetime.fromtimestamp(epoch_seconds, UTC)
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _time(*, nullable: bool = True, index: bool = False) -> Any:  # noqa: ANN401 - SQLModel's Field is Any too
+    return Field(default=None, sa_column=Column(Float(53), nullable=nullable, index=index))
+
+
+def _json(default: Any) -> Any:  # noqa: ANN401
+    return Field(default_factory=default, sa_column=Column(JSON, nullable=False))
+
+
+def _sealed(*, nullable: bool = True) -> Any:  # noqa: ANN401
+    return Field(default=None, sa_column=Column(LargeBinary, nullable=nullable))
+
+
+class Integration(SQLModel, table=True):
+    """A configured provider. Its client secrets are rows of ``ClientSecret`` and values in the vault."""
+
+    __tablename__ = "integrations"
+
+    name: str = Field(primary_key=True)
+    provider: str
+    description: str = ""
+    client_id: str = ""
+    scopes: list[str] = _json(list)
+    config: dict[str, Any] = _json(dict)
+    enabled: bool = True
+    testing_until: float | None = _time()
+    test_error: str | None = None
+    created_at: float = _time(nullable=False)
+    updated_at: float = _time(nullable=False)
+
+
+class ClientSecret(SQLModel, table=True):
+    """One live client secret of an integration; the value is in the vault under ``client_secret_owner``."""
+
+    __tablename__ = "client_secrets"
+
+    id: str = Field(primary_key=True)
+    integration: str = Field(index=True)
+    source: str = "api"
+    value_digest: str
+    last_used_at: float | None = _time()
+    refused_at: float | None = _time()
+    created_at: float = _time(nullable=False)
+
+
+class BrowserSession(SQLModel, table=True):
+    """A backend's session for one user: ties flows to its subject. Only digests of its token and owner cookie."""
+
+    __tablename__ = "sessions"
+
+    id: str = Field(primary_key=True)
+    token_digest: str = Field(index=True)
+    cookie_digest: str | None = None
+    caller_id: str
+    subject: str
+    integrations: list[str] | None = Field(default=None, sa_column=Column(JSON(none_as_null=True)))
+    return_to: str | None = None
+    scopes: list[str] | None = Field(default=None, sa_column=Column(JSON(none_as_null=True)))
+    variables: dict[str, str] = _json(dict)
+    tags: dict[str, str] = _json(dict)
+    reconnects: str | None = Field(default=None, description="the connection that this session may reconnect")
+    created_at: float = _time(nullable=False)
+    expires_at: float = _time(nullable=False, index=True)
+
+
+class Flow(SQLModel, table=True):
+    """One authorization-code flow of one browser, from start to confirm.
+
+    ``plan`` is what was configured at start (issuer, endpoints, client id): the answer is judged and the code sent by
+    it, whatever was changed since. ``consumed_at`` is set by the one conditional update that lets a callback act.
+    """
+
+    __tablename__ = "flows"
+
+    id: str = Field(primary_key=True)
+    integration: str
+    state_digest: str = Field(unique=True)
+    cookie_name: str
+    cookie_digest: str
+    session_id: str | None = None
+    reconnects: str | None = None
+    return_to: str | None = None
+    redirect_uri: str
+    scopes: list[str] = _json(list)
+    variables: dict[str, str] = _json(dict)
+    tags: dict[str, str] = _json(dict)
+    plan: dict[str, Any] = _json(dict)
+    consent_forced: bool = False
+    sealed_verifier: bytes | None = _sealed()
+    address: str = ""
+    created_at: float = _time(nullable=False)
+    expires_at: float = _time(nullable=False, index=True)
+    consumed_at: float | None = _time()
+    sealed_outcome: bytes | None = _sealed()
+    outcome_until: float | None = _time()
+    connection_id: str | None = Field(default=None, index=True)
+    subject: str | None = None
+    confirm_digest: str | None = None
+    confirm_until: float | None = _time()
+    confirm_claimed_at: float | None = _time()
+    confirmed_at: float | None = _time()
+    confirmed_by: str | None = None
+    confirm_body_digest: str | None = None
+    surviving_id: str | None = None
+    burnt_at: float | None = _time()
+
+
+class Connection(SQLModel, table=True):
+    """One account at one provider for one subject; the credential is in the vault at ``secret_version``.
+
+    ``status``: pending, active, reauthorization_required, frozen, revoked, error. A row with ``deleted_at`` is gone for
+    everybody; it stays only until revocation and the destruction of its secret are done.
+    """
+
+    __tablename__ = "connections"
+    __table_args__ = (
+        Index(
+            "uq_connections_account",
+            "integration",
+            "subject",
+            "account_id",
+            unique=True,
+            sqlite_where=text("status <> 'pending' AND deleted_at IS NULL"),
+            postgresql_where=text("status <> 'pending' AND deleted_at IS NULL"),
+        ),
+        Index("ix_connections_created", "created_at", "id"),
+    )
+
+    id: str = Field(primary_key=True)
+    integration: str = Field(index=True)
+    provider: str
+    subject: str | None = Field(default=None, index=True)
+    account_id: str | None = None
+    account_name: str | None = None
+    account_email: str | None = None
+    status: str = Field(index=True)
+    status_reason: str | None = None
+    credential_type: str = "oauth2"
+    client_id: str = ""
+    pins: dict[str, Any] = _json(dict)
+    variables: dict[str, str] = _json(dict)
+    scopes: list[str] = _json(list)
+    missing_scopes: list[str] = _json(list)
+    secret_version: int = 0
+    refreshable: bool = False
+    token_expires_at: float | None = _time(index=True)
+    refresh_expires_at: float | None = _time()
+    refreshed_at: float | None = _time()
+    refresh_failures: int = 0
+    refresh_not_before_at: float | None = _time()
+    unknown_outcomes: int = 0
+    last_used_at: float | None = _time()
+    tags: dict[str, str] = _json(dict)
+    extra: dict[str, Any] = Field(default_factory=dict, sa_column=Column("metadata", JSON, nullable=False))
+    flow_id: str | None = None
+    created_by: str | None = None
+    created_at: float = _time(nullable=False)
+    pending_until: float | None = _time(index=True)
+    deleted_at: float | None = _time(index=True)
+
+
+class RefreshLease(SQLModel, table=True):
+    """Who may write this connection's secret now. ``fence`` grows with every claim and outlives the lease."""
+
+    __tablename__ = "refresh_leases"
+
+    connection_id: str = Field(primary_key=True)
+    owner: str | None = None
+    fence: int = 0
+    expires_at: float = _time(nullable=False)
+
+
+class RefreshAttempt(SQLModel, table=True):
+    """Written before a refresh is sent; a row without a journal is an unknown outcome."""
+
+    __tablename__ = "refresh_attempts"
+
+    connection_id: str = Field(primary_key=True)
+    fence: int
+    token_digest: str
+    sent_at: float = _time(nullable=False)
+
+
+class RefreshJournal(SQLModel, table=True):
+    """The provider's raw answer to a refresh, sealed, until it is in the vault and the row names that version."""
+
+    __tablename__ = "refresh_journal"
+
+    connection_id: str = Field(primary_key=True)
+    fence: int
+    token_digest: str
+    sealed_answer: bytes = _sealed(nullable=False)
+    received_at: float = _time(nullable=False)
+
+
+class SealedSecret(SQLModel, table=True):
+    """The embedded store: one version of one owner's secret as an AES-256-GCM envelope."""
+
+    __tablename__ = "sealed_secrets"
+
+    owner: str = Field(primary_key=True)
+    version: int = Field(primary_key=True)
+    key_id: str = Field(index=True)
+    sealed: bytes = _sealed(nullable=False)
+    created_at: float = _time(nullable=False)
+
+
+class DataKey(SQLModel, table=True):
+    """A data key, wrapped by a key-encryption key of the keyring."""
+
+    __tablename__ = "data_keys"
+
+    id: str = Field(primary_key=True)
+    wrapped_by: str = Field(index=True)
+    wrapped: bytes = _sealed(nullable=False)
+    current: bool = True
+    created_at: float = _time(nullable=False)
+
+
+class KeyCheck(SQLModel, table=True):
+    """A check value for each key-encryption key in use: a replica that lacks or differs refuses to start."""
+
+    __tablename__ = "key_checks"
+
+    key_id: str = Field(primary_key=True)
+    check_value: str
+    created_at: float = _time(nullable=False)
+
+
+class Caller(SQLModel, table=True):
+    """A backend, an operator or an auditor, with roles and grants (see ``policy``)."""
+
+    __tablename__ = "callers"
+
+    id: str = Field(primary_key=True)
+    name: str
+    roles: list[str] = _json(list)
+    grants: list[dict[str, Any]] = _json(list)
+    expires_at: float | None = _time()
+    created_at: float = _time(nullable=False)
+
+
+class CallerKey(SQLModel, table=True):
+    """One key of a caller; only SHA-256 of the whole key (256 random bits, so no salt is needed)."""
+
+    __tablename__ = "caller_keys"
+
+    id: str = Field(primary_key=True)
+    caller_id: str = Field(index=True)
+    key_digest: str
+    created_at: float = _time(nullable=False)
+    last_used_at: float | None = _time()
+    expires_at: float | None = _time()
+    revoked_at: float | None = _time()
+
+
+class AuditRecord(SQLModel, table=True):
+    """One link of the audit chain. ``subject`` may be erased later; the chain covers ``subject_digest``."""
+
+    __tablename__ = "audit_records"
+
+    number: int = Field(sa_column=Column(Integer, primary_key=True, autoincrement=False))
+    id: str = Field(unique=True)
+    at: float = _time(nullable=False, index=True)
+    action: str = Field(index=True)
+    outcome: str
+    actor: str = Field(index=True)
+    connection_id: str | None = Field(default=None, index=True)
+    integration: str | None = Field(default=None, index=True)
+    subject: str | None = Field(default=None, index=True)
+    subject_digest: str | None = None
+    detail: dict[str, Any] = _json(dict)
+    key_id: str
+    chain: str = Field(description="HMAC over the previous link and this record")
+
+
+class AuditHead(SQLModel, table=True):
+    """The one row that orders the chain across processes: whoever holds its lock writes next."""
+
+    __tablename__ = "audit_head"
+
+    id: int = Field(default=1, primary_key=True)
+    count: int = 0
+    chain: str = ""
+    mac: str = ""
+
+
+class AuditCheckpoint(SQLModel, table=True):
+    """A signed (count, head), so that a cut tail shows; copied to a second place too."""
+
+    __tablename__ = "audit_checkpoints"
+
+    count: int = Field(primary_key=True)
+    chain: str
+    at: float = _time(nullable=False)
+    key_id: str
+    signature: str
+
+
+class IdempotentAnswer(SQLModel, table=True):
+    """What an Idempotency-Key was used for, for 24 hours."""
+
+    __tablename__ = "idempotent_answers"
+    __table_args__ = (UniqueConstraint("caller_id", "key_digest"),)
+
+    id: str = Field(primary_key=True)
+    caller_id: str
+    key_digest: str
+    request_digest: str
+    status: int | None = None
+    made_id: str | None = None
+    answer: str | None = Field(default=None, sa_column=Column(Text))
+    created_at: float = _time(nullable=False, index=True)
+
+
+class IntegrationLog(SQLModel, table=True):
+    """A recent line about an integration, for ``GET /v1/integrations/{name}/logs``; never holds a secret."""
+
+    __tablename__ = "integration_logs"
+
+    id: int | None = Field(default=None, primary_key=True)
+    integration: str = Field(index=True)
+    at: float = _time(nullable=False, index=True)
+    level: str
+    action: str
+    text: str
+    duration_ms: float | None = _time()

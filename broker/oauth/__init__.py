@@ -1,0 +1,1 @@
+"""The authorization-code flow: start, callback, identity."""

@@ -1,0 +1,226 @@
+"""The vocabulary in which a provider is described: frozen data, and a few slots for functions where data ends.
+
+``parse_token`` is pure. ``identify`` and ``revoke`` may need an answer from the provider, so they are generators: they yield
+an ``Outgoing`` request, are sent the ``Incoming`` answer, and return a value; whoever drives them does the I/O.
+Nothing here knows the broker, a web framework, a database or a vault. A new slot needs a decision record.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias, TypeVar
+
+T = TypeVar("T")
+EMPTY: Mapping[str, Any] = {}
+
+
+class Secret:
+    """A string that cannot print, compare in variable time, or pickle itself; ``.reveal()`` opens it."""
+
+    __slots__ = ("_value",)
+
+    def __init__(self, value: str) -> None:
+        """Keep ``value``."""
+        self._value = value
+
+    def reveal(self) -> str:
+        """Return the secret itself: the one greppable word."""
+        return self._value
+
+    def __repr__(self) -> str:
+        return "Secret(…)"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Secret) and hmac.compare_digest(self._value.encode(), other._value.encode())
+
+    def __hash__(self) -> int:
+        return hash((Secret, self._value))
+
+    def __reduce__(self) -> str:
+        message = "a Secret is not serialised"
+        raise TypeError(message)
+
+
+@dataclass(frozen=True, slots=True)
+class Outgoing:
+    """A request that a provider's function wants made. ``url`` is absolute; its origin must be one of the pinned ones."""
+
+    method: str
+    url: str
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    body: bytes = field(default=b"", repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Incoming:
+    """The answer to an ``Outgoing``: header names in lower case, a body within the size limit."""
+
+    status: int
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    body: bytes = field(default=b"", repr=False)
+
+    def json(self) -> Any:  # noqa: ANN401 - JSON is any shape until it is checked
+        """Return the decoded body; ``ProviderAnswerError`` when it is not JSON."""
+        try:
+            return json.loads(self.body)
+        except ValueError:
+            raise ProviderAnswerError("the answer is not JSON") from None
+
+
+class ProviderAnswerError(Exception):
+    """The provider answered something that its documentation does not allow; the text is ours and safe to show."""
+
+
+Dialogue: TypeAlias = Generator[Outgoing, Incoming, T]
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """Who consented, by the provider's own stable id (never an e-mail address)."""
+
+    id: str
+    name: str | None = None
+    email: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Credential:
+    """What a provider's function may use: the client and the tokens it acts for, and the effective URLs."""
+
+    client_id: str
+    client_secret: Secret | None
+    access_token: Secret | None
+    refresh_token: Secret | None
+    urls: Mapping[str, str]
+    hosts: Mapping[str, str]
+
+
+ClientAuth = Literal["client_secret_basic", "client_secret_post", "private_key_jwt", "none"]
+Kills = Literal["token", "grant", "project", "nothing"]
+Outcome = Literal["transient", "permanent", "client_refused"]
+
+
+@dataclass(frozen=True, slots=True)
+class Refresh:
+    """How this provider's refresh tokens behave.
+
+    ``rotates``: whether a used refresh token stops to work. ``grace_seconds``: how long a used one still answers.
+    ``keep_old``: an answer without a refresh token means "keep the one you have". ``idle_seconds``: an unused refresh
+    token dies after that. ``lifetime_seconds`` with ``sliding``: its age limit, moved by each refresh or not.
+    ``expected``: this kind of app gets a refresh token when consent was really shown.
+    """
+
+    rotates: bool = True
+    grace_seconds: int = 0
+    keep_old: bool = True
+    expected: bool = False
+    idle_seconds: int | None = None
+    lifetime_seconds: int | None = None
+    sliding: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Revocation:
+    """How a credential is revoked and what dies with it.
+
+    ``dialogue`` returns True when the provider confirmed. ``kills`` says what dies when there is no refresh token, and
+    ``kills_with_refresh`` when there is one: this token, the whole grant of that user and client, or all that the user
+    granted to the client's project.
+    """
+
+    dialogue: Callable[[Credential], Dialogue[bool]]
+    kills: Kills = "token"
+    kills_with_refresh: Kills = "token"
+
+
+@dataclass(frozen=True, slots=True)
+class OAuth2:
+    """The authorization-code dialogue of a provider (RFC 6749, 7636, 9207; OpenID Connect when ``openid``).
+
+    ``discovery``: ``config.issuer`` starts discovery. ``issuer``: what ``iss`` and the ID token must say;
+    ``issuer_aliases``: other spellings that an ID token may carry. ``callback_iss``: whether the callback carries ``iss``
+    (``required`` refuses one without it). ``consent_params`` make the provider show consent again. ``error_outcomes`` maps
+    error codes of the token endpoint, whatever the HTTP status; ``invalid_grant`` and ``invalid_client`` need no entry.
+    ``implied_scopes``: scopes that another one contains; ``scope_aliases``: other names under which a scope comes back.
+    """
+
+    authorize_url: str = ""
+    token_url: str = ""
+    revoke_url: str = ""
+    device_url: str = ""
+    userinfo_url: str = ""
+    jwks_url: str = ""
+    issuer: str = ""
+    issuer_aliases: tuple[str, ...] = ()
+    discovery: bool = False
+    openid: bool = False
+    callback_iss: Literal["absent", "optional", "required"] = "optional"
+    client_auth: ClientAuth = "client_secret_post"
+    default_scopes: tuple[str, ...] = ()
+    scope_separator: str = " "
+    scope_separators_in: str = " "
+    implied_scopes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    scope_aliases: Mapping[str, str] = field(default_factory=dict)
+    authorize_params: Mapping[str, str] = field(default_factory=dict)
+    consent_params: Mapping[str, str] = field(default_factory=lambda: {"prompt": "consent"})
+    token_headers: Mapping[str, str] = field(default_factory=dict)
+    error_outcomes: Mapping[str, Outcome] = field(default_factory=dict)
+    refresh: Refresh = Refresh()
+    parse_token: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
+    revocation: Revocation | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ApiKey:
+    """A key that a user or an operator pastes in."""
+
+    title: str = "API key"
+    help: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Basic:
+    """A user name and password pair (RFC 7617)."""
+
+    title: str = "User name and password"
+    help: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Variable:
+    """A part of a host or path that each connection fills, such as ``{shop}``; ``pattern`` must match fully."""
+
+    name: str
+    pattern: str
+    example: str
+
+
+@dataclass(frozen=True, slots=True)
+class Provider:
+    """One provider: everything that the broker has to know of it, and nothing about it stands anywhere else.
+
+    ``hosts`` are the API bases by name, ``""`` the default one, each exactly what the vendor's SDK takes as its base URL.
+    ``identify`` asks who the account is when there is no ID token, or the ID token lacks it. ``env_prefix`` is set where
+    ``<PREFIX>_CLIENT_ID`` and ``<PREFIX>_CLIENT_SECRET`` in the environment make an integration of the provider's name.
+    """
+
+    name: str
+    title: str
+    docs_url: str
+    oauth2: OAuth2 | None = None
+    api_key: ApiKey | None = None
+    basic: Basic | None = None
+    hosts: Mapping[str, str] = field(default_factory=dict)
+    headers: Mapping[str, str] = field(default_factory=dict)
+    variables: tuple[Variable, ...] = ()
+    identify: Callable[[Credential], Dialogue[Account]] | None = None
+    env_prefix: str | None = None
+
+    @property
+    def credential_types(self) -> tuple[str, ...]:
+        """What can be imported: the ``type`` values of ``POST /v1/connections``."""
+        kinds = (("oauth2", self.oauth2), ("api_key", self.api_key), ("basic", self.basic))
+        return tuple(name for name, kind in kinds if kind is not None)
