@@ -46,10 +46,14 @@ class BrokerError(Exception):
         headers: Mapping[str, str] | None = None,
         errors: Sequence[FieldError] = (),
     ) -> None:
-        """Keep a detail written by us, response headers and, for a refused body, its fields."""
+        """Keep a detail written by us, response headers and, for a refused body, its fields.
+
+        ``members`` are further members of the problem document (RFC 9457 3.2).
+        """
         self.detail = detail or self.title
         self.headers = dict(headers or {})
         self.errors = tuple(errors)
+        self.members: dict[str, str] = {}
         super().__init__(self.detail)
 
 
@@ -107,6 +111,12 @@ class IdempotencyConflict(Conflict):
     """The Idempotency-Key was used with another body, or its answer showed a secret and is not kept."""
 
     code, title = "idempotency_conflict", "This Idempotency-Key was used before"
+
+    def __init__(self, detail: str | None = None, *, made_id: str | None = None) -> None:
+        """Name what the first request made, where its answer is not kept (problem member ``made_id``)."""
+        super().__init__(detail)
+        if made_id is not None:
+            self.members = {"made_id": made_id}
 
 
 class ConfirmationRequired(Conflict):

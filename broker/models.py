@@ -1,8 +1,9 @@
-"""Every table, readable in one sitting. No column holds a secret in the clear: secrets live in the vault.
+"""Every table, readable in one sitting, and no column that holds a secret in the clear.
 
-Columns named ``sealed_*`` hold ciphertext made by ``broker.vault.keyring.Sealer``; columns named ``*_digest`` hold
-SHA-256 or HMAC values of high-entropy secrets. Times are seconds since 1970 UTC as a double (``*_at``); leases and expiry
-compare against the database's own clock (``database.now``). Ids are ``<prefix>_`` and 26 characters of a-z0-9.
+Secrets live in the vault. Columns named ``sealed_*`` hold ciphertext made by ``broker.vault.keyring.Sealer``; columns
+named ``*_digest`` hold SHA-256 or HMAC values of high-entropy secrets. Times are seconds since 1970 UTC as a double
+(``*_at``); leases and expiry compare against the database's own clock (``database.now``). Ids are ``<prefix>_`` and 26
+characters of a-z0-9.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import secrets
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import JSON, Column, Float, Index, Integer, LargeBinary, Text, UniqueConstraint, text
+from sqlalchemy import JSON, BigInteger, Column, Float, Index, Integer, LargeBinary, Text, UniqueConstraint, text
 from sqlmodel import Field, SQLModel
 
 ID_ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789"
@@ -37,6 +38,12 @@ def _time(*, nullable: bool = True, index: bool = False) -> Any:  # noqa: ANN401
 
 def _json(default: Any) -> Any:  # noqa: ANN401
     return Field(default_factory=default, sa_column=Column(JSON, nullable=False))
+
+
+def _count(*, primary_key: bool = False) -> Any:  # noqa: ANN401
+    # 32 bits would be full after a month of 1,000 records a second; on SQLite the key stays the row id.
+    kind = BigInteger().with_variant(Integer(), "sqlite")
+    return Field(default=0, sa_column=Column(kind, primary_key=primary_key, autoincrement=False, nullable=False))
 
 
 def _sealed(*, nullable: bool = True) -> Any:  # noqa: ANN401
@@ -188,6 +195,7 @@ class Connection(SQLModel, table=True):
     created_by: str | None = None
     created_at: float = _time(nullable=False)
     pending_until: float | None = _time(index=True)
+    revoke_on_delete: bool = True
     deleted_at: float | None = _time(index=True)
 
 
@@ -259,6 +267,27 @@ class KeyCheck(SQLModel, table=True):
     created_at: float = _time(nullable=False)
 
 
+class SystemKey(SQLModel, table=True):
+    """A root key of the broker itself, sealed; the index lets several processes agree on one current key a purpose."""
+
+    __tablename__ = "system_keys"
+    __table_args__ = (
+        Index(
+            "uq_system_keys_current",
+            "purpose",
+            unique=True,
+            sqlite_where=text("state = 'current'"),
+            postgresql_where=text("state = 'current'"),
+        ),
+    )
+
+    id: str = Field(primary_key=True)
+    purpose: str = Field(index=True)
+    state: str = Field(default="current", description="current or previous")
+    sealed_key: bytes = _sealed(nullable=False)
+    created_at: float = _time(nullable=False)
+
+
 class Caller(SQLModel, table=True):
     """A backend, an operator or an auditor, with roles and grants (see ``policy``)."""
 
@@ -291,7 +320,7 @@ class AuditRecord(SQLModel, table=True):
 
     __tablename__ = "audit_records"
 
-    number: int = Field(sa_column=Column(Integer, primary_key=True, autoincrement=False))
+    number: int = _count(primary_key=True)
     id: str = Field(unique=True)
     at: float = _time(nullable=False, index=True)
     action: str = Field(index=True)
@@ -312,7 +341,7 @@ class AuditHead(SQLModel, table=True):
     __tablename__ = "audit_head"
 
     id: int = Field(default=1, primary_key=True)
-    count: int = 0
+    count: int = _count()
     chain: str = ""
     mac: str = ""
 
@@ -322,7 +351,7 @@ class AuditCheckpoint(SQLModel, table=True):
 
     __tablename__ = "audit_checkpoints"
 
-    count: int = Field(primary_key=True)
+    count: int = _count(primary_key=True)
     chain: str
     at: float = _time(nullable=False)
     key_id: str

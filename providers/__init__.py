@@ -1,1 +1,167 @@
-"""The catalog."""
+"""The catalog: every module here that exports PROVIDER, by name, checked before anything uses it."""
+
+import importlib
+import pkgutil
+import re
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import Any, get_args
+from urllib.parse import urlsplit
+
+from providers.spec import RESERVED_AUTHORIZE_PARAMS, OAuth2, Outcome, Provider, Variable
+
+NAME = re.compile(r"[a-z0-9][a-z0-9_]{0,62}")
+HOST_NAME = re.compile(r"|[a-z0-9][a-z0-9-]{0,30}")
+PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
+HEADER_NAME = re.compile(r"[A-Za-z0-9-]+")
+ERROR_CODE = re.compile(r"[a-z0-9_.-]{1,64}")
+FORBIDDEN_HEADERS = frozenset({"authorization", "cookie", "host", "content-length", "transfer-encoding", "connection"})
+HOST_BREAKERS = ("/", "@", ":", "#", "?", "\\", "%", " ", "\n")
+URL_FIELDS = ("authorize_url", "token_url", "revoke_url", "device_url", "userinfo_url", "jwks_url", "issuer")
+
+
+class CatalogError(Exception):
+    """A provider's file is wrong; the text names the provider and says what."""
+
+
+def load_catalog() -> Mapping[str, Provider]:
+    """Import every module of this package and return the providers by name, sorted, read-only (CatalogError).
+
+    Costs imports and checks, so call it once and pass the catalog on. The functions in the slots are not run.
+    """
+    modules = (found.name for found in pkgutil.iter_modules(__path__))
+    return collect({name: vars(importlib.import_module(f"{__name__}.{name}")) for name in modules})
+
+
+def collect(modules: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Provider]:
+    """Return the providers among modules (name → what the module holds); pure. ``load_catalog`` says the rest."""
+    providers: dict[str, Provider] = {}
+    prefixes: set[str] = set()
+    for module, held in sorted(modules.items()):
+        if "PROVIDER" not in held:
+            continue
+        provider = held["PROVIDER"]
+        if not isinstance(provider, Provider):
+            raise CatalogError(f"{module}: PROVIDER is not a Provider")
+        if provider.name != module:
+            raise CatalogError(f"{module}: the provider's name is not the file's name")
+        if provider.env_prefix is not None and provider.env_prefix in prefixes:
+            raise CatalogError(f"{module}: another provider has this env_prefix")
+        wrong = list(problems(provider))
+        if wrong:
+            raise CatalogError(f"{module}: " + "; ".join(wrong))
+        providers[module] = provider
+        prefixes.update([provider.env_prefix] if provider.env_prefix is not None else [])
+    return MappingProxyType(providers)
+
+
+def problems(provider: Provider) -> Iterator[str]:
+    """Yield everything that is wrong with a definition, as sentences; pure."""
+    if not NAME.fullmatch(provider.name):
+        yield "name must be of a-z, 0-9 and _"
+    if not provider.title or not provider.credential_types:
+        yield "a title and at least one kind of credential are needed"
+    if provider.env_prefix is not None and not re.fullmatch(r"[A-Z][A-Z0-9_]*", provider.env_prefix):
+        yield "env_prefix must be of A-Z, 0-9 and _"
+    if not all(HOST_NAME.fullmatch(name) for name in provider.hosts):
+        yield "a host's name must be empty or of a-z, 0-9 and -"
+    yield from _url_problems(provider)
+    for variable in provider.variables:
+        yield from _variable_problems(variable)
+    yield from _header_problems("headers", provider.headers)
+    if provider.oauth2 is not None:
+        yield from _oauth2_problems(provider.oauth2)
+        if provider.identify is None and not provider.oauth2.openid:
+            yield "without OpenID Connect, identify must say who consented"
+
+
+def _url_problems(provider: Provider) -> Iterator[str]:
+    urls = {"docs_url": provider.docs_url, **{f"hosts[{name!r}]": url for name, url in provider.hosts.items()}}
+    if provider.oauth2 is not None:
+        urls.update({name: url for name in URL_FIELDS if (url := getattr(provider.oauth2, name))})
+    declared = {variable.name: variable.example for variable in provider.variables}
+    used = {name for url in urls.values() for name in PLACEHOLDER.findall(url)}
+    if used - declared.keys():
+        yield "a URL has a variable that is not declared"
+    if declared.keys() - used:
+        yield "a variable is declared that no URL has"
+    for name, url in urls.items():
+        if not _https(PLACEHOLDER.sub(lambda found: declared.get(found[1], "x"), url)):
+            yield f"{name} must be an https URL without credentials, query or fragment"
+
+
+def _https(url: str) -> bool:
+    """Whether a URL is plain enough to append a path to."""
+    if not re.fullmatch(r"https://[a-z0-9.-]+(:[0-9]{1,5})?(/[A-Za-z0-9._~/-]*)?", url):
+        return False
+    host = urlsplit(url).hostname or ""
+    return ".." not in url and not host.startswith(".") and not host.endswith(".")
+
+
+def _variable_problems(variable: Variable) -> Iterator[str]:
+    try:
+        pattern = re.compile(variable.pattern)
+    except re.error:
+        yield f"the pattern of {variable.name} is not a regular expression"
+        return
+    if not pattern.fullmatch(variable.example):
+        yield f"the example of {variable.name} does not match its pattern"
+    if any(pattern.fullmatch(f"{variable.example}{mark}{variable.example}") for mark in HOST_BREAKERS):
+        yield f"the pattern of {variable.name} lets something through that ends or splits a host"
+
+
+def _header_problems(what: str, headers: Mapping[str, str]) -> Iterator[str]:
+    names = [name.lower() for name in headers]
+    if len(set(names)) < len(names) or not all(HEADER_NAME.fullmatch(name) for name in names):
+        yield f"{what} must be plain names, each once"
+    if FORBIDDEN_HEADERS & set(names):
+        yield f"{what} must not set a header that the broker sets"
+    if not all(re.fullmatch(r"[\x21-\x7e]([\x20-\x7e]*[\x21-\x7e])?", value) for value in headers.values()):
+        yield f"{what} must have printable values"
+
+
+def _oauth2_problems(oauth2: OAuth2) -> Iterator[str]:
+    if not oauth2.discovery and not (oauth2.authorize_url and oauth2.token_url):
+        yield "without discovery, authorize_url and token_url are needed"
+    if oauth2.openid and not oauth2.discovery and not (oauth2.issuer and oauth2.jwks_url):
+        yield "OpenID Connect without discovery needs issuer and jwks_url"
+    if oauth2.issuer_aliases and not (oauth2.openid and oauth2.issuer):
+        yield "issuer_aliases are for ID tokens beside an issuer"
+    if RESERVED_AUTHORIZE_PARAMS & {*oauth2.authorize_params, *oauth2.consent_params}:
+        yield "authorize_params and consent_params must not set what the flow itself sets"
+    if not all(ERROR_CODE.fullmatch(code) for code in oauth2.error_outcomes):
+        yield "an error code must be of a-z, 0-9, _, . and -"
+    if not set(oauth2.error_outcomes.values()) <= set(get_args(Outcome)):
+        yield "an error's outcome must be transient, permanent or client_refused"
+    if not oauth2.refresh.rotates and (oauth2.refresh.grace_seconds or not oauth2.refresh.keep_old):
+        yield "a refresh token that does not rotate has no grace period, and is kept"
+    yield from _header_problems("token_headers", oauth2.token_headers)
+    yield from _scope_problems(oauth2)
+
+
+def _scope_problems(oauth2: OAuth2) -> Iterator[str]:
+    implied, aliases = oauth2.implied_scopes, oauth2.scope_aliases
+    canonical = {*implied, *(scope for scopes in implied.values() for scope in scopes), *aliases.values()}
+    if aliases.keys() & {*canonical, *oauth2.default_scopes}:
+        yield "an alias must not be used as a scope's own name"
+    if len(set(oauth2.default_scopes)) < len(oauth2.default_scopes):
+        yield "a default scope is named twice"
+    separators = {*oauth2.scope_separator, *oauth2.scope_separators_in}
+    if not oauth2.scope_separator or not oauth2.scope_separators_in:
+        yield "scopes need a separator out and in"
+    if any(not scope or separators & set(scope) for scope in {*canonical, *aliases, *oauth2.default_scopes}):
+        yield "a scope must not be empty or hold a separator"
+    if any(scope in implied_by(implied, scope) for scope in implied):
+        yield "a scope must not imply itself, not even in a circle"
+
+
+def implied_by(implied: Mapping[str, tuple[str, ...]], scope: str) -> frozenset[str]:
+    """Return every scope that ``scope`` contains, directly or through others; itself only in a circle. Pure."""
+    found: set[str] = set()
+    waiting = list(implied.get(scope, ()))
+    while waiting:
+        scope = waiting.pop()
+        if scope not in found:
+            found.add(scope)
+            waiting.extend(implied.get(scope, ()))
+    return frozenset(found)

@@ -7,14 +7,20 @@ Nothing here knows the broker, a web framework, a database or a vault. A new slo
 
 from __future__ import annotations
 
+import base64
 import hmac
 import json
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, TypeVar
+from urllib.parse import quote_plus
 
 T = TypeVar("T")
 EMPTY: Mapping[str, Any] = {}
+RESERVED_AUTHORIZE_PARAMS = frozenset(  # what the flow itself sets in an authorization request, or never wants there
+    {"client_id", "redirect_uri", "response_type", "response_mode", "scope", "state", "nonce", "code_challenge"}
+    | {"code_challenge_method", "request", "request_uri"}
+)
 
 
 class Secret:
@@ -66,7 +72,7 @@ class Incoming:
         """Return the decoded body; ``ProviderAnswerError`` when it is not JSON."""
         try:
             return json.loads(self.body)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise ProviderAnswerError("the answer is not JSON") from None
 
 
@@ -86,9 +92,17 @@ class Account:
     email: str | None = None
 
 
+ClientAuth = Literal["client_secret_basic", "client_secret_post", "private_key_jwt", "none"]
+
+
 @dataclass(frozen=True, slots=True)
 class Credential:
-    """What a provider's function may use: the client and the tokens it acts for, and the effective URLs."""
+    """What a provider's function may use: the client and the tokens it acts for, and the effective URLs.
+
+    ``urls`` by name: authorize_url, token_url, revoke_url, userinfo_url, jwks_url, device_url, issuer; ``""`` or absent:
+    there is none. ``hosts`` are the API bases by name. ``client_auth`` says how the client proves itself at token
+    and revocation endpoint.
+    """
 
     client_id: str
     client_secret: Secret | None
@@ -96,9 +110,29 @@ class Credential:
     refresh_token: Secret | None
     urls: Mapping[str, str]
     hosts: Mapping[str, str]
+    client_auth: ClientAuth = "client_secret_post"
 
 
-ClientAuth = Literal["client_secret_basic", "client_secret_post", "private_key_jwt", "none"]
+def client_authentication(
+    client_id: str, client_secret: Secret | None, auth: ClientAuth
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Return the headers and the form fields by which a client proves itself (RFC 6749 2.3.1); pure.
+
+    Basic takes id and secret form-encoded, which many libraries leave out. ``ValueError`` when the secret is missing, or
+    for a method that is not supported yet.
+    """
+    if auth == "none":
+        return {}, {"client_id": client_id}
+    if auth == "private_key_jwt":
+        raise ValueError("private_key_jwt is not supported yet")
+    if client_secret is None:
+        raise ValueError("there is no client secret")
+    if auth == "client_secret_post":
+        return {}, {"client_id": client_id, "client_secret": client_secret.reveal()}
+    pair = f"{quote_plus(client_id)}:{quote_plus(client_secret.reveal())}"
+    return {"Authorization": f"Basic {base64.b64encode(pair.encode()).decode()}"}, {}
+
+
 Kills = Literal["token", "grant", "project", "nothing"]
 Outcome = Literal["transient", "permanent", "client_refused"]
 
@@ -145,6 +179,9 @@ class OAuth2:
     (``required`` refuses one without it). ``consent_params`` make the provider show consent again. ``error_outcomes`` maps
     error codes of the token endpoint, whatever the HTTP status; ``invalid_grant`` and ``invalid_client`` need no entry.
     ``implied_scopes``: scopes that another one contains; ``scope_aliases``: other names under which a scope comes back.
+    ``scope_separators_in``: every character that separates scopes in an answer. ``unscoped_prefixes``: access tokens that
+    begin so have permissions of another kind; a ``scope`` beside them says nothing. ``parse_token`` reshapes each decoded
+    JSON object of the token endpoint, also an error, before it is checked.
     """
 
     authorize_url: str = ""
@@ -164,6 +201,7 @@ class OAuth2:
     scope_separators_in: str = " "
     implied_scopes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     scope_aliases: Mapping[str, str] = field(default_factory=dict)
+    unscoped_prefixes: tuple[str, ...] = ()
     authorize_params: Mapping[str, str] = field(default_factory=dict)
     consent_params: Mapping[str, str] = field(default_factory=lambda: {"prompt": "consent"})
     token_headers: Mapping[str, str] = field(default_factory=dict)

@@ -1,9 +1,15 @@
-"""The vault: where secrets live. One protocol, versioned and compare-and-set, with one implementation per store."""
+"""Where secrets live: one protocol, versioned and compare-and-set, with one implementation per store."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+from broker.settings import Settings, SettingsError
+
+if TYPE_CHECKING:
+    from broker.database import Database
+    from broker.vault.keyring import Sealer
 
 
 class VaultConflict(Exception):
@@ -47,3 +53,12 @@ class Vault(Protocol):
 
     async def owners(self, prefix: str) -> list[tuple[str, float]]:
         """Return (owner, time of its newest version) below ``prefix``: for the sweeper and the doctor, not for hot paths."""
+
+
+async def open_vault(settings: Settings, database: Database, sealer: Sealer) -> Vault:
+    """Return the store that ``BROKER_VAULT`` names, ready for use (``SettingsError`` for one that is not known)."""
+    if settings.vault != "local":
+        raise SettingsError("BROKER_VAULT names a store that this version does not have")
+    from broker.vault.sealed_rows import SealedRows  # noqa: PLC0415 - only the chosen store is loaded; it imports us
+
+    return SealedRows(database, sealer)

@@ -1,0 +1,93 @@
+# Everything that a person or CI does with this tree. `make help` lists it; bare Python 3.11 and make are enough for it.
+
+# The interpreter that makes .venv: the first of these that is 3.11 or newer, or what you name with PYTHON=….
+ifndef PYTHON
+PYTHON := $(or $(shell for candidate in python3.11 python3 python3.12 python3.13 python3.14; do \
+	$$candidate -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$candidate && break; done),python3)
+endif
+
+BIN := .venv/bin
+PYTEST := $(BIN)/python -m pytest
+BENCHMARKS := $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))
+
+define HELP
+
+  make demo         walk through the whole way of a credential, with no account anywhere
+  make test         every test that needs nothing but Python packages, with branch coverage
+  make test-real    tests against real parts that npm, Debian or Go bring (needs npm)
+  make check        ruff, formatting, types, import layers, locks, rules, docs
+  make crash        the crash and load campaigns in full length
+  make bench        run the benchmarks
+  make fresh-check  demo and test in a clone, with an empty home and nothing but Python and make on the path
+  make lock         refresh requirements.lock and requirements-dev.lock (needs the package index)
+  make clean        remove what the other targets made
+
+  PYTHON=…  the interpreter to use          TEST=…      more arguments for pytest, such as TEST="-k refresh -x"
+  FRESH=--working-tree  (fresh-check) take what is not committed too      UPGRADE=--upgrade  (lock) newest of everything
+
+endef
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-real check bench crash fresh-check lock clean runtime-environment dev-environment \
+	check-lint check-format check-types check-imports check-rules
+
+help:
+	$(info $(HELP))@:
+
+runtime-environment:
+	@$(PYTHON) .ci/environment.py runtime
+
+dev-environment:
+	@$(PYTHON) .ci/environment.py dev
+
+demo: runtime-environment
+	@$(BIN)/broker demo
+
+test: dev-environment
+	$(PYTEST) -m "not real" --ignore tests/real --cov --cov-report term $(TEST)
+
+test-real: dev-environment
+	cd tests/real && npm ci --no-audit --no-fund
+	$(PYTEST) tests/real $(TEST)
+
+check: dev-environment
+	@$(MAKE) --no-print-directory --keep-going check-lint check-format check-types check-imports check-rules
+
+check-lint:
+	$(BIN)/ruff check .
+
+check-format:
+	$(BIN)/ruff format --check .
+
+check-types:
+	$(BIN)/mypy
+	$(BIN)/mypy .ci
+
+check-imports:
+	$(BIN)/lint-imports
+
+check-rules:
+	$(PYTEST) -q tests/test_rules.py tests/test_docs.py
+
+bench: dev-environment
+	$(if $(BENCHMARKS),,$(error there is nothing in benchmarks/))
+	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script; done
+
+crash: dev-environment
+	BROKER_TEST_LONG=1 $(PYTEST) --timeout 7200 tests/crash $(TEST)
+
+fresh-check:
+	@$(PYTHON) .ci/fresh_check.py $(FRESH)
+
+# The dev lock is made under the runtime lock, so that both name the same versions. No index address gets into either.
+# Pins that still fit are kept; UPGRADE=--upgrade takes the newest of everything.
+lock: dev-environment
+	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-header --no-annotate pyproject.toml \
+		--extra build $(UPGRADE) -o requirements.lock
+	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-header --no-annotate pyproject.toml \
+		--extra build --extra dev --constraint requirements.lock $(UPGRADE) -o requirements-dev.lock
+
+clean:
+	rm -rf .venv .cache .coverage .coverage.* htmlcov .pytest_cache .mypy_cache .ruff_cache .import_linter_cache \
+		.hypothesis dist tests/real/node_modules
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,167 @@
+"""``/v1/callers``: who may call, and their keys."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from litestar import Router, delete, get, patch, post
+from litestar.di import NamedDependency
+from litestar.params import FromPath, FromQuery, JSONBody
+
+from broker import policy
+from broker.api.requests import AnyRequest, checked_limit, page, position_of, show_once
+from broker.callers import Callers
+from broker.models import Caller, CallerKey, rfc3339
+from broker.policy import Principal
+from providers.spec import Secret
+
+
+class CreateBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """A new caller; ``expires_at`` is RFC 3339 or seconds since 1970."""
+
+    name: str
+    roles: list[str]
+    grants: list[dict[str, Any]] = []
+    expires_at: str | float | None = None
+
+
+class PatchBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """A merge patch (RFC 7396)."""
+
+    name: str | msgspec.UnsetType = msgspec.UNSET
+    roles: list[str] | msgspec.UnsetType = msgspec.UNSET
+    grants: list[dict[str, Any]] | msgspec.UnsetType = msgspec.UNSET
+    expires_at: str | float | msgspec.UnsetType | None = msgspec.UNSET
+
+
+class KeyBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """One more key."""
+
+    expires_at: str | float | None = None
+
+
+def caller_json(row: Caller, keys: list[CallerKey]) -> dict[str, Any]:
+    """Return a caller with its keys' ids and times."""
+    return {
+        "id": row.id,
+        "name": row.name,
+        "roles": row.roles,
+        "grants": row.grants,
+        "expires_at": rfc3339(row.expires_at),
+        "created_at": rfc3339(row.created_at),
+        "keys": [key_json(key) for key in keys],
+    }
+
+
+def key_json(row: CallerKey, key: Secret | None = None) -> dict[str, Any]:
+    """Return a key's row and, once, the key."""
+    shown = {
+        "id": row.id,
+        "created_at": rfc3339(row.created_at),
+        "last_used_at": rfc3339(row.last_used_at),
+        "expires_at": rfc3339(row.expires_at),
+        "revoked_at": rfc3339(row.revoked_at),
+    }
+    return {**shown, "key": key.reveal()} if key is not None else shown
+
+
+@get("/callers")
+async def list_callers(
+    principal: NamedDependency[Principal],
+    callers: NamedDependency[Callers],
+    limit: FromQuery[int] = 50,
+    cursor: FromQuery[str | None] = None,
+) -> dict[str, Any]:
+    """List callers, newest first."""
+    policy.require_role(principal, "security", "auditor")
+    rows = await callers.page(limit=checked_limit(limit) + 1, before=position_of(cursor))
+    shown = rows[:limit]
+    keys = await callers.keys_of([row.id for row in shown])
+    last = (shown[-1].created_at, shown[-1].id) if len(rows) > limit else None
+    return page([caller_json(row, keys[row.id]) for row in shown], last)
+
+
+@post("/callers", status_code=201)
+async def create_caller(
+    data: JSONBody[CreateBody],
+    request: AnyRequest,
+    principal: NamedDependency[Principal],
+    callers: NamedDependency[Callers],
+) -> dict[str, Any]:
+    """Make a caller; its first key is shown once (admin)."""
+    policy.require_role(principal)
+    row, key = await callers.add(data.name, data.roles, data.grants, data.expires_at, actor=principal.caller_id)
+    show_once(request, row.id)
+    keys = (await callers.keys_of([row.id]))[row.id]
+    return {**caller_json(row, keys), "key": key.reveal()}
+
+
+@get("/callers/{caller_id:str}")
+async def show_caller(
+    caller_id: FromPath[str], principal: NamedDependency[Principal], callers: NamedDependency[Callers]
+) -> dict[str, Any]:
+    """Show one caller; everybody may see itself."""
+    if caller_id != principal.caller_id:
+        policy.require_role(principal, "security", "auditor")
+    row = await callers.get(caller_id)
+    return caller_json(row, (await callers.keys_of([row.id]))[row.id])
+
+
+@patch("/callers/{caller_id:str}")
+async def change_caller(
+    caller_id: FromPath[str],
+    data: JSONBody[PatchBody],
+    principal: NamedDependency[Principal],
+    callers: NamedDependency[Callers],
+) -> dict[str, Any]:
+    """Change name, roles, grants or expiry (admin); effective everywhere within a second."""
+    policy.require_role(principal)
+    given = {name: getattr(data, name) for name in ("name", "roles", "grants", "expires_at")}
+    changes = {name: value for name, value in given.items() if value is not msgspec.UNSET}
+    row = await callers.update(caller_id, changes, actor=principal.caller_id)
+    return caller_json(row, (await callers.keys_of([row.id]))[row.id])
+
+
+@delete("/callers/{caller_id:str}", status_code=204)
+async def delete_caller(
+    caller_id: FromPath[str], principal: NamedDependency[Principal], callers: NamedDependency[Callers]
+) -> None:
+    """Remove a caller and its keys (admin)."""
+    policy.require_role(principal)
+    await callers.delete(caller_id, actor=principal.caller_id)
+
+
+@post("/callers/{caller_id:str}/keys", status_code=201)
+async def create_key(
+    caller_id: FromPath[str],
+    request: AnyRequest,
+    principal: NamedDependency[Principal],
+    callers: NamedDependency[Callers],
+    data: JSONBody[KeyBody | None] = None,
+) -> dict[str, Any]:
+    """Make another key, shown once; two may be live at a time (admin, so that a stolen key cannot outlive itself)."""
+    policy.require_role(principal)
+    body = data or KeyBody()
+    row, key = await callers.add_key(caller_id, actor=principal.caller_id, expires_at=body.expires_at)
+    show_once(request, row.id)
+    return key_json(row, key)
+
+
+@delete("/callers/{caller_id:str}/keys/{key_id:str}", status_code=204)
+async def revoke_key(
+    caller_id: FromPath[str],
+    key_id: FromPath[str],
+    principal: NamedDependency[Principal],
+    callers: NamedDependency[Callers],
+) -> None:
+    """Revoke a key: dead on every replica within a second. A caller may revoke its own (else admin or security)."""
+    if caller_id != principal.caller_id:
+        policy.require_role(principal, "security")
+    await callers.revoke_key(caller_id, key_id, actor=principal.caller_id)
+
+
+def routes() -> Router:
+    """Return the routes of this resource."""
+    handlers = [list_callers, create_caller, show_caller, change_caller, delete_caller, create_key, revoke_key]
+    return Router(path="/", route_handlers=handlers, tags=["callers"])

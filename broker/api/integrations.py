@@ -1,0 +1,289 @@
+"""``/v1/integrations``: configured providers, their client secrets, their test, figures and log, export and import."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import msgspec
+from litestar import Router, delete, get, patch, post
+from litestar.di import NamedDependency
+from litestar.params import FromPath, FromQuery, JSONBody
+
+from broker import policy
+from broker.api.requests import AnyRequest, checked_limit, page, position_of
+from broker.egress import Egress
+from broker.errors import FieldError, InvalidRequest
+from broker.integrations import Draft, Integrations, View
+from broker.integrations.portable import export_document, import_document
+from broker.integrations.probe import probe
+from broker.models import ClientSecret, rfc3339
+from broker.policy import Principal, Role
+from providers.spec import Secret
+
+Text = Annotated[str, msgspec.Meta(max_length=2048)]
+SecretText = Annotated[str, msgspec.Meta(min_length=1, max_length=16_384)]
+WINDOWS = {"1h": 3600.0, "24h": 86_400.0, "7d": 7 * 86_400.0}
+READERS: tuple[Role, ...] = ("operator", "auditor", "security")
+
+
+class CreateBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """A new integration."""
+
+    name: Text
+    provider: Text
+    description: Text = ""
+    client_id: Text = ""
+    client_secret: SecretText | None = None
+    scopes: list[Text] | None = None
+    config: dict[str, Any] = {}
+    enabled: bool = True
+
+
+class PatchBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """A merge patch (RFC 7396)."""
+
+    provider: Text | None = None
+    description: Text | None = None
+    client_id: Text | None = None
+    client_secret: SecretText | None = None
+    scopes: list[Text] | None = None
+    config: dict[str, Any] | None = None
+    enabled: bool | None = None
+
+
+class SecretBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """One more client secret."""
+
+    client_secret: SecretText
+
+
+def integration_json(view: View) -> dict[str, Any]:
+    """Return an integration; ``client_secret`` is never among it."""
+    row = view.row
+    return {
+        "name": row.name,
+        "provider": row.provider,
+        "description": row.description,
+        "client_id": row.client_id,
+        "scopes": row.scopes,
+        "config": row.config,
+        "enabled": row.enabled,
+        "status": view.status,
+        "status_reason": row.test_error,
+        "client_secrets": len(view.secret_ids),
+        "created_at": rfc3339(row.created_at),
+        "updated_at": rfc3339(row.updated_at),
+    }
+
+
+def secret_json(row: ClientSecret) -> dict[str, Any]:
+    """Return a client secret's row: when and whence, not what."""
+    return {"id": row.id, "source": row.source, "created_at": rfc3339(row.created_at)}
+
+
+def _draft(name: str, data: CreateBody | PatchBody) -> Draft:
+    secret = Secret(data.client_secret) if data.client_secret is not None else None
+    return Draft(
+        name=name,
+        provider=data.provider,
+        description=data.description,
+        client_id=data.client_id,
+        client_secret=secret,
+        scopes=data.scopes,
+        config=data.config,
+        enabled=data.enabled,
+    )
+
+
+@get("/integrations")
+async def list_integrations(
+    principal: NamedDependency[Principal],
+    integrations: NamedDependency[Integrations],
+    limit: FromQuery[int] = 50,
+    cursor: FromQuery[str | None] = None,
+) -> dict[str, Any]:
+    """List integrations, newest first."""
+    policy.require_role(principal, *READERS)
+    views = await integrations.page(limit=checked_limit(limit) + 1, before=position_of(cursor))
+    shown = views[:limit]
+    last = (shown[-1].row.created_at, shown[-1].row.name) if len(views) > limit else None
+    return page([integration_json(view) for view in shown], last)
+
+
+@post("/integrations", status_code=201)
+async def create_integration(
+    data: JSONBody[CreateBody],
+    principal: NamedDependency[Principal],
+    integrations: NamedDependency[Integrations],
+) -> dict[str, Any]:
+    """Configure a provider."""
+    policy.require_role(principal, "operator")
+    return integration_json(await integrations.create(_draft(data.name, data), principal))
+
+
+@get("/integrations/{name:str}")
+async def show_integration(
+    name: FromPath[str], principal: NamedDependency[Principal], integrations: NamedDependency[Integrations]
+) -> dict[str, Any]:
+    """Show one integration."""
+    policy.require_role(principal, *READERS)
+    return integration_json(await integrations.get(name))
+
+
+@patch("/integrations/{name:str}")
+async def change_integration(
+    name: FromPath[str],
+    data: JSONBody[PatchBody],
+    principal: NamedDependency[Principal],
+    integrations: NamedDependency[Integrations],
+) -> dict[str, Any]:
+    """Change an integration; its endpoints need an admin, and existing connections follow only by a rebind."""
+    policy.require_role(principal, "operator")
+    return integration_json(await integrations.update(_draft(name, data), principal))
+
+
+@delete("/integrations/{name:str}", status_code=204)
+async def delete_integration(
+    name: FromPath[str], principal: NamedDependency[Principal], integrations: NamedDependency[Integrations]
+) -> None:
+    """Remove an integration without connections."""
+    policy.require_role(principal, "operator")
+    await integrations.delete(name, principal)
+
+
+@post("/integrations/{name:str}/test", status_code=200)
+async def run_test(
+    name: FromPath[str],
+    principal: NamedDependency[Principal],
+    integrations: NamedDependency[Integrations],
+    egress: NamedDependency[Egress],
+) -> dict[str, Any]:
+    """Make real calls that prove or disprove the configuration."""
+    policy.require_role(principal, "operator")
+    return await probe(integrations, egress, name)
+
+
+@get("/integrations/{name:str}/metrics")
+async def show_metrics(
+    name: FromPath[str],
+    principal: NamedDependency[Principal],
+    integrations: NamedDependency[Integrations],
+    window: FromQuery[str] = "24h",
+) -> dict[str, Any]:
+    """Show totals over all replicas: ``window`` is 1h, 24h or 7d."""
+    policy.require_role(principal, *READERS)
+    if window not in WINDOWS:
+        raise InvalidRequest(errors=[FieldError("?window", "must be 1h, 24h or 7d")])
+    found = await integrations.metrics(name, window_seconds=WINDOWS[window])
+    return {**found, "window": window, "last_activity_at": rfc3339(found["last_activity_at"])}
+
+
+@get("/integrations/{name:str}/logs")
+async def show_logs(
+    name: FromPath[str],
+    principal: NamedDependency[Principal],
+    integrations: NamedDependency[Integrations],
+    level: FromQuery[str | None] = None,
+    text: FromQuery[str | None] = None,
+    limit: FromQuery[int] = 50,
+) -> dict[str, Any]:
+    """Show recent lines, newest first."""
+    policy.require_role(principal, *READERS)
+    lines = await integrations.logs(name, limit=checked_limit(limit), level=level, text=text)
+    shown = [{"at": rfc3339(line.at), "level": line.level, "action": line.action, "text": line.text} for line in lines]
+    return {"data": shown, "next_cursor": None}
+
+
+@post("/integrations/{name:str}/rebind", status_code=200)
+async def rebind(
+    name: FromPath[str], principal: NamedDependency[Principal], integrations: NamedDependency[Integrations]
+) -> dict[str, Any]:
+    """Pin existing connections to the endpoints as they are now (admin)."""
+    return {"connections": await integrations.rebind(name, principal)}
+
+
+@get("/integrations/{name:str}/client-secrets")
+async def list_secrets(
+    name: FromPath[str], principal: NamedDependency[Principal], integrations: NamedDependency[Integrations]
+) -> dict[str, Any]:
+    """List the live client secrets, newest first, without their values."""
+    policy.require_role(principal, *READERS)
+    return {"data": [secret_json(row) for row in await integrations.secrets(name)], "next_cursor": None}
+
+
+@post("/integrations/{name:str}/client-secrets", status_code=201)
+async def add_secret(
+    name: FromPath[str],
+    data: JSONBody[SecretBody],
+    principal: NamedDependency[Principal],
+    integrations: NamedDependency[Integrations],
+) -> dict[str, Any]:
+    """Make a further client secret live, as the newest."""
+    policy.require_role(principal, "operator", "security")
+    await integrations.get(name)
+    secret_id = await integrations.add_secret(name, Secret(data.client_secret), principal)
+    return next(secret_json(row) for row in await integrations.secrets(name) if row.id == secret_id)
+
+
+@delete("/integrations/{name:str}/client-secrets/{secret_id:str}", status_code=204)
+async def delete_secret(
+    name: FromPath[str],
+    secret_id: FromPath[str],
+    principal: NamedDependency[Principal],
+    integrations: NamedDependency[Integrations],
+) -> None:
+    """Take a client secret out of use."""
+    policy.require_role(principal, "operator", "security")
+    await integrations.delete_secret(name, secret_id, principal)
+
+
+@get("/integrations/export")
+async def export_integrations(
+    principal: NamedDependency[Principal],
+    integrations: NamedDependency[Integrations],
+    request: AnyRequest,
+) -> dict[str, Any]:
+    """Return all integrations as one document; with a passphrase header their secrets too, sealed to it."""
+    passphrase = _passphrase(request)
+    policy.require_role(principal, *(READERS if passphrase is None else ("operator",)))
+    return await export_document(integrations, passphrase)
+
+
+@post("/integrations/import", status_code=200)
+async def import_integrations(
+    data: JSONBody[dict[str, Any]],
+    principal: NamedDependency[Principal],
+    integrations: NamedDependency[Integrations],
+    request: AnyRequest,
+) -> dict[str, Any]:
+    """Create or change integrations from an exported document."""
+    policy.require_role(principal, "operator")
+    passphrase = _passphrase(request)
+    return await import_document(integrations, data, passphrase, principal)
+
+
+def _passphrase(request: AnyRequest) -> Secret | None:
+    """Return what ``X-Broker-Passphrase`` holds: a header, because a URL is logged and a GET has no body."""
+    value = request.headers.get("x-broker-passphrase")
+    return Secret(value) if value else None
+
+
+def routes() -> Router:
+    """Return the routes of this resource."""
+    handlers = [
+        list_integrations,
+        create_integration,
+        export_integrations,
+        import_integrations,
+        show_integration,
+        change_integration,
+        delete_integration,
+        run_test,
+        show_metrics,
+        show_logs,
+        rebind,
+        list_secrets,
+        add_secret,
+        delete_secret,
+    ]
+    return Router(path="/", route_handlers=handlers, tags=["integrations"])

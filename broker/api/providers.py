@@ -1,0 +1,58 @@
+"""``/v1/providers``: the catalog, each with its configuration schema."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from litestar import Router, get
+from litestar.di import NamedDependency
+from litestar.params import FromPath
+
+from broker.errors import NotFound
+from broker.integrations import IntegrationConfig, Integrations
+from broker.policy import Principal
+from providers.spec import Provider
+
+
+def provider_json(provider: Provider, *, schema: bool) -> dict[str, Any]:
+    """Return a provider as the catalog shows it."""
+    oauth2 = provider.oauth2
+    shown: dict[str, Any] = {
+        "name": provider.name,
+        "title": provider.title,
+        "docs_url": provider.docs_url,
+        "credential_types": list(provider.credential_types),
+        "hosts": dict(provider.hosts),
+        "variables": [{"name": v.name, "pattern": v.pattern, "example": v.example} for v in provider.variables],
+        "default_scopes": list(oauth2.default_scopes) if oauth2 is not None else [],
+        "discovery": oauth2.discovery if oauth2 is not None else False,
+        "refresh_rotates": oauth2.refresh.rotates if oauth2 is not None else None,
+    }
+    return {**shown, "config_schema": IntegrationConfig.model_json_schema()} if schema else shown
+
+
+@get("/providers")
+async def list_providers(
+    principal: NamedDependency[Principal],  # noqa: ARG001 - any caller may read the catalog
+    integrations: NamedDependency[Integrations],
+) -> dict[str, Any]:
+    """List the catalog."""
+    catalog = integrations.catalog
+    return {"data": [provider_json(catalog[name], schema=False) for name in sorted(catalog)], "next_cursor": None}
+
+
+@get("/providers/{name:str}")
+async def show_provider(
+    name: FromPath[str],
+    principal: NamedDependency[Principal],  # noqa: ARG001 - any caller may read the catalog
+    integrations: NamedDependency[Integrations],
+) -> dict[str, Any]:
+    """Show one provider with the schema of an integration's ``config``."""
+    if name not in integrations.catalog:
+        raise NotFound
+    return provider_json(integrations.catalog[name], schema=True)
+
+
+def routes() -> Router:
+    """Return the routes of this resource."""
+    return Router(path="/", route_handlers=[list_providers, show_provider], tags=["providers"])

@@ -1,0 +1,453 @@
+"""The only place where things are wired: settings → parts → the application."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import re
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import structlog
+from litestar import Litestar, MediaType, Response, Router, get
+from litestar.connection import Request
+from litestar.datastructures import State
+from litestar.di import Provide
+from litestar.exceptions import HTTPException, ValidationException
+from litestar.openapi import OpenAPIConfig
+from litestar.openapi.plugins import JsonRenderPlugin
+from litestar.openapi.spec import Components, SecurityScheme
+from litestar.types import ASGIApp, Message, Receive, Scope, Send
+
+import broker.api.audit
+import broker.api.callers
+import broker.api.connections
+import broker.api.integrations
+import broker.api.providers
+import broker.api.sessions
+import broker.oauth.routes
+import broker.web.routes
+from broker import __version__
+from broker.api.requests import MAX_BODY_BYTES, Authentication, Idempotency, principal_of, strict_request
+from broker.audit import Audit, open_audit
+from broker.callers import Callers
+from broker.connections import Connections
+from broker.credentials import Credentials
+from broker.database import Database, open_database
+from broker.egress import Egress
+from broker.errors import (
+    BrokerError,
+    FieldError,
+    FlowError,
+    InternalError,
+    InvalidRequest,
+    MethodNotAllowed,
+    NotFound,
+    PayloadTooLarge,
+    UnsupportedMediaType,
+)
+from broker.health import readiness
+from broker.integrations import Integrations
+from broker.limits import AddressLimiter
+from broker.models import new_id
+from broker.oauth.confirm import Confirmations
+from broker.oauth.flow import Flows, Outcome
+from broker.sessions import Sessions
+from broker.settings import Settings, SettingsError, load_settings
+from broker.telemetry import Metrics, configure_logging, new_metrics, render
+from broker.vault import Vault, open_vault
+from broker.vault.cache import CachedVault
+from broker.vault.keyring import Sealer, load_keyring, open_sealer
+from broker.web.pages import Pages
+from broker.worker import Worker
+from providers import load_catalog
+from providers.spec import Secret
+
+REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{8,128}")
+BROWSER_PATHS = ("/oauth/", "/connect")
+BROWSER_RATES = {"start": "120/minute", "callback": "240/minute", "connect": "240/minute"}
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Everything that lives as long as the process, made once and passed in."""
+
+    settings: Settings
+    database: Database
+    sealer: Sealer
+    vault: Vault
+    audit: Audit
+    egress: Egress
+    callers: Callers
+    integrations: Integrations
+    sessions: Sessions
+    credentials: Credentials
+    confirmations: Confirmations
+    flows: Flows
+    connections: Connections
+    metrics: Metrics
+    limiter: AddressLimiter
+    pages: Pages
+
+
+@contextlib.asynccontextmanager
+async def open_parts(settings: Settings) -> AsyncIterator[Parts]:
+    """Open everything in order, and close it in reverse: refreshes finish, leases go back, the audit is flushed.
+
+    Raises SettingsError for a wrong setting (a key that is missing or differs too), DatabaseUnavailable.
+    """
+    keyring = load_keyring(settings)
+    async with contextlib.AsyncExitStack() as stack:
+        database = open_database(settings.effective_database_url)
+        stack.push_async_callback(database.aclose)
+        await database.migrate()
+        sealer = await open_sealer(database, keyring)
+        vault = CachedVault(await open_vault(settings, database, sealer), seconds=settings.secret_cache_seconds)
+        audit = await open_audit(database, sealer, settings)
+        stack.push_async_callback(audit.aclose)
+        egress = Egress(settings)
+        stack.push_async_callback(egress.aclose)
+        callers = Callers(database, audit)
+        stack.push_async_callback(callers.aclose)
+        parts = _assembled(settings, database, sealer, vault, audit, egress, callers)
+        stack.push_async_callback(parts.credentials.aclose)
+        if settings.admin_key is not None:
+            await callers.ensure_admin(Secret(settings.admin_key.reveal()))
+        await parts.integrations.create_from_settings()
+        yield parts
+
+
+def _assembled(
+    settings: Settings,
+    database: Database,
+    sealer: Sealer,
+    vault: Vault,
+    audit: Audit,
+    egress: Egress,
+    callers: Callers,
+) -> Parts:
+    metrics = new_metrics()
+    integrations = Integrations(database, vault, egress, audit, load_catalog(), settings)
+    credentials = Credentials(database, vault, sealer, egress, integrations, audit, metrics)
+    confirmations = Confirmations(database, vault, credentials, audit)
+    return Parts(
+        settings=settings,
+        database=database,
+        sealer=sealer,
+        vault=vault,
+        audit=audit,
+        egress=egress,
+        callers=callers,
+        integrations=integrations,
+        sessions=Sessions(database, audit),
+        credentials=credentials,
+        confirmations=confirmations,
+        flows=Flows(database, vault, sealer, egress, integrations, confirmations, audit, settings),
+        connections=Connections(database, vault, credentials, integrations, audit, metrics),
+        metrics=metrics,
+        limiter=AddressLimiter(BROWSER_RATES),
+        pages=Pages(),
+    )
+
+
+# The application
+
+
+def create_app(parts: Parts) -> ASGIApp:
+    """Return the application over opened parts: routes of the configured groups behind ``Edge``."""
+    handlers: list[Any] = [live, ready]
+    groups = parts.settings.routes
+    if "public" in groups:
+        handlers += [broker.oauth.routes.routes(), broker.web.routes.routes()]
+    if "private" in groups:
+        handlers.append(_private_routes(parts))
+    if "admin" in groups:
+        handlers.append(metrics)
+    app = Litestar(
+        handlers,
+        dependencies={
+            **{name: Provide(_giver(getattr(parts, name))) for name in _NAMES},
+            "done_page": Provide(_giver(_done_page(parts.pages))),
+        },
+        exception_handlers={
+            BrokerError: _answer_error,
+            HTTPException: _answer_foreign,
+            Exception: _answer_defect,
+        },
+        state=State({"parts": parts}, deep_copy=False),
+        openapi_config=_openapi() if "admin" in groups else None,
+        logging_config=None,
+        request_max_body_size=MAX_BODY_BYTES,
+    )
+    return Edge(app, parts.metrics)
+
+
+_NAMES = (
+    *("settings", "database", "audit", "egress", "callers", "integrations", "sessions"),
+    *("credentials", "confirmations", "flows", "connections", "limiter", "pages"),
+)
+
+
+def _giver(part: Any) -> Callable[[], Any]:  # noqa: ANN401 - any part
+    async def give() -> Any:  # noqa: ANN401
+        return part
+
+    return give
+
+
+def _private_routes(parts: Parts) -> Router:
+    resources = (
+        broker.api.sessions,
+        broker.api.connections,
+        broker.api.integrations,
+        broker.api.providers,
+        broker.api.callers,
+        broker.api.audit,
+    )
+    return Router(
+        path="/v1",
+        route_handlers=[resource.routes() for resource in resources],
+        middleware=[  # functions, because the framework copies instances deeply
+            lambda app: Authentication(app, parts.callers),
+            lambda app: Idempotency(app, parts.database),
+        ],
+        guards=[strict_request],
+        dependencies={"principal": Provide(principal_of)},
+        security=[{"callerKey": []}],
+    )
+
+
+def _openapi() -> OpenAPIConfig:
+    scheme = SecurityScheme(type="http", scheme="bearer", description="A caller key, brk_…")
+    return OpenAPIConfig(
+        title="Broker",
+        version=__version__,
+        path="/schema",
+        render_plugins=[JsonRenderPlugin(path="/openapi.json")],
+        components=Components(security_schemes={"callerKey": scheme}),
+    )
+
+
+def _done_page(pages: Pages) -> Callable[[Outcome], Response[str]]:
+    def show(outcome: Outcome) -> Response[str]:
+        body = pages.done_page(
+            connection_id=outcome.connection_id or "",
+            confirm_code=outcome.confirm_code.reveal() if outcome.confirm_code is not None else None,
+            missing_scopes=outcome.missing_scopes,
+        )
+        return Response(body, media_type=MediaType.HTML, headers=pages.security_headers())
+
+    return show
+
+
+@get("/health/live", tags=["health"])
+async def live() -> dict[str, str]:
+    """Say that the process answers."""
+    return {"status": "live"}
+
+
+@get("/health/ready", tags=["health"])
+async def ready(state: State) -> Response[dict[str, Any]]:
+    """Say whether every part works; each failing part is named."""
+    parts: Parts = state.parts
+    failing = await readiness(parts.database, parts.vault)
+    body = {"status": "ready" if not failing else "not_ready", "failing": failing}
+    return Response(body, status_code=503 if failing else 200, headers={"Cache-Control": "no-store"})
+
+
+@get("/metrics", media_type="text/plain", tags=["health"])
+async def metrics(state: State) -> Response[bytes]:
+    """Prometheus metrics."""
+    return Response(render(state.parts.metrics), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+# Errors: the one place that makes a response of them
+
+
+def problem(error: BrokerError, request_id: str) -> Response[dict[str, Any]]:
+    """Return an RFC 9457 problem document."""
+    code = error.flow_code if isinstance(error, FlowError) else error.code
+    body: dict[str, Any] = {
+        "type": f"urn:broker:error:{code}",
+        "title": error.title if not isinstance(error, FlowError) else "The flow cannot go on",
+        "status": error.status,
+        "detail": error.detail,
+        "code": code,
+        "request_id": request_id,
+        **error.members,
+    }
+    if error.errors:
+        body["errors"] = [asdict(item) for item in error.errors]
+    headers = {"Cache-Control": "no-store", **error.headers}
+    return Response(body, status_code=error.status, media_type="application/problem+json", headers=headers)
+
+
+def _answer_error(request: Request[Any, Any, Any], error: BrokerError) -> Response[Any]:
+    request_id = request.scope["state"].get("request_id", "")
+    if not _wants_page(request):
+        return problem(error, request_id)
+    pages: Pages = request.app.state.parts.pages
+    code = error.flow_code if isinstance(error, FlowError) else error.code
+    body = pages.error_page(status=error.status, code=code, text=error.detail, request_id=request_id)
+    headers = {**pages.security_headers(), **error.headers}
+    return Response(body, status_code=error.status, media_type=MediaType.HTML, headers=headers)
+
+
+def _wants_page(request: Request[Any, Any, Any]) -> bool:
+    return request.url.path.startswith(BROWSER_PATHS) and "application/json" not in request.headers.get("accept", "")
+
+
+def _answer_foreign(request: Request[Any, Any, Any], error: HTTPException) -> Response[Any]:
+    return _answer_error(request, translated(error))
+
+
+def translated(error: HTTPException) -> BrokerError:
+    """Return our error for one of the framework's; its text is dropped, field problems are kept."""
+    kinds: Mapping[int, type[BrokerError]] = {
+        404: NotFound,
+        405: MethodNotAllowed,
+        413: PayloadTooLarge,
+        415: UnsupportedMediaType,
+    }
+    if error.status_code in kinds:
+        return kinds[error.status_code]()
+    if 400 <= error.status_code < 500:
+        return InvalidRequest(errors=_field_errors(error))
+    return InternalError()
+
+
+def _field_errors(error: HTTPException) -> Sequence[FieldError]:
+    extra = error.extra if isinstance(error, ValidationException) and isinstance(error.extra, list) else []
+    found = []
+    for item in extra:
+        source = str(item.get("source", "body"))
+        key = str(item.get("key", ""))
+        pointer = f"?{key}" if "query" in source.lower() else "/" + key.replace(".", "/").removeprefix("data/")
+        found.append(FieldError(pointer, str(item.get("message", "is not valid"))))
+    return found
+
+
+def _answer_defect(request: Request[Any, Any, Any], error: Exception) -> Response[Any]:
+    log.error("request.defect", kind=type(error).__name__, exc_info=error)
+    return _answer_error(request, InternalError())
+
+
+# The edge
+
+
+class Edge:
+    """What every request passes first and last: request id, log line, metrics."""
+
+    def __init__(self, app: Litestar, metrics: Metrics) -> None:
+        """Wrap the application."""
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = _request_id(scope)
+        started, status = time.monotonic(), 500
+        scope.setdefault("state", {})["request_id"] = request_id
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+            await send(message)
+
+        with structlog.contextvars.bound_contextvars(request_id=request_id):
+            try:
+                await self._app(scope, receive, send_with_id)
+            finally:
+                self._note(scope, status, time.monotonic() - started)
+
+    def _note(self, scope: Scope, status: int, seconds: float) -> None:
+        """Write the access log line and count: the route's template and no query, because URLs carry codes."""
+        template = str(scope.get("path_template") or "unknown")
+        method = str(scope.get("method"))
+        self._metrics.http_request(template, method, status, seconds)
+        log.info("http", method=method, route=template, status=status, ms=round(seconds * 1000, 1))
+
+
+def _request_id(scope: Scope) -> str:
+    for name, value in scope["headers"]:
+        text = value.decode("latin-1")
+        if name == b"x-request-id" and REQUEST_ID.fullmatch(text):
+            return text
+    return new_id("req")
+
+
+# A process
+
+
+class Served:
+    """The application as a server runs it: opens the parts at start-up and closes them at the end."""
+
+    def __init__(self, settings: Settings, *, with_worker: bool) -> None:
+        """Keep the settings; nothing is opened before the server's start-up event."""
+        self._settings = settings
+        self._with_worker = with_worker
+        self._stack = contextlib.AsyncExitStack()
+        self._app: ASGIApp | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve a request, or run the life of the process for the ``lifespan`` scope."""
+        if scope["type"] == "lifespan":  # type: ignore[comparison-overlap] # the framework's type leaves it out
+            await self._live(receive, send)
+        elif self._app is not None:
+            await self._app(scope, receive, send)
+
+    async def _live(self, receive: Receive, send: Send) -> None:
+        await receive()
+        try:
+            await self._open()
+        except (SettingsError, BrokerError) as error:
+            log.critical("start.failed", why=str(error))
+            await send({"type": "lifespan.startup.failed", "message": str(error)})
+            return
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+        await self._stack.aclose()
+        await send({"type": "lifespan.shutdown.complete"})
+
+    async def _open(self) -> None:
+        parts = await self._stack.enter_async_context(open_parts(self._settings))
+        if self._with_worker:
+            await self._stack.enter_async_context(running_worker(parts))
+        self._app = create_app(parts)
+        gc.collect()
+        gc.freeze()  # a full collection costs 50 ms here; what start-up made lives as long as the process
+
+
+@contextlib.asynccontextmanager
+async def running_worker(parts: Parts) -> AsyncIterator[Worker]:
+    """Run the worker's jobs beside whatever else this process does; stop them in an orderly way."""
+    worker = Worker(parts.database, parts.credentials, parts.confirmations, parts.audit)
+    task = asyncio.create_task(worker.run())
+    try:
+        yield worker
+    finally:
+        worker.stop()
+        await task
+
+
+def from_environment() -> Served:
+    """Return the application for a server that imports it by name, with settings from the environment."""
+    settings = load_settings()
+    configure_logging(settings)
+    return Served(settings, with_worker=True)
+
+
+def from_environment_without_worker() -> Served:
+    """As ``from_environment``, for web processes whose worker is a process of its own."""
+    settings = load_settings()
+    configure_logging(settings)
+    return Served(settings, with_worker=False)

@@ -1,0 +1,412 @@
+"""What a backend does with connections: list, import, change, delete, and the hand-out of a fresh token.
+
+Order of every hand-out: who may → is it usable → a fresh token → a durable audit record → release.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import sqlalchemy as sa
+import structlog
+from sqlalchemy.exc import IntegrityError
+from sqlmodel import Session, col, select
+
+from broker import policy
+from broker.audit import Audit, Entry
+from broker.credentials import Credentials, Handout, Revoked, require_lease, secret_owner
+from broker.database import Database, now
+from broker.errors import AmbiguousConnection, BrokerError, Conflict, FieldError, Forbidden, InvalidRequest, NotFound
+from broker.integrations import Integrations
+from broker.integrations.config import merge_patch
+from broker.models import Connection, new_id
+from broker.policy import Principal, Target
+from broker.refresh import Ask
+from broker.telemetry import Metrics
+from broker.vault import Vault
+
+STATUSES = frozenset({"pending", "active", "reauthorization_required", "frozen", "revoked", "error"})
+TOUCH_SECONDS = 60.0
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """What a list of connections is narrowed to; ``before`` is the cursor's position."""
+
+    integration: str | None = None
+    subject: str | None = None
+    status: str | None = None
+    tag: tuple[str, str] | None = None
+    before: tuple[float, str] | None = None
+    limit: int = 50
+
+
+@dataclass(frozen=True, slots=True)
+class Import:
+    """A credential that exists already. ``credentials`` is checked here by its ``type``."""
+
+    integration: str
+    subject: str
+    credentials: Mapping[str, Any] = field(repr=False)
+    account: Mapping[str, Any] | None = None
+    tags: Mapping[str, str] = field(default_factory=dict)
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class _Imported:
+    """A checked import: what goes to the vault and what goes to the row."""
+
+    value: Mapping[str, Any] = field(repr=False)
+    token_expires_at: float | None = None
+    scopes: tuple[str, ...] = ()
+
+
+def target_of(row: Connection) -> Target:
+    """Return what policy decides on."""
+    return Target(row.integration, row.subject, row.tags)
+
+
+class Connections:
+    """Connections as callers see them. Methods may run at once on every replica."""
+
+    def __init__(
+        self,
+        database: Database,
+        vault: Vault,
+        credentials: Credentials,
+        integrations: Integrations,
+        audit: Audit,
+        metrics: Metrics,
+    ) -> None:
+        """Keep the parts."""
+        self._database = database
+        self._vault = vault
+        self._credentials = credentials
+        self._integrations = integrations
+        self._audit = audit
+        self._metrics = metrics
+
+    # Reading
+
+    async def get(self, connection_id: str, principal: Principal) -> Connection:
+        """Return one connection (NotFound, Forbidden)."""
+        row, _ = await self._row(connection_id)
+        if not policy.visible(principal, target_of(row)):
+            policy.require(principal, "read", target_of(row))
+        return row
+
+    async def _row(self, connection_id: str) -> tuple[Connection, float]:
+        def work(session: Session) -> tuple[Connection | None, float]:
+            return session.get(Connection, connection_id), now(session)
+
+        row, at = await self._database.read(work)
+        if row is None or row.deleted_at is not None:
+            raise NotFound
+        return row, at
+
+    async def page(self, wanted: Filter, principal: Principal) -> tuple[list[Connection], bool]:
+        """Return (visible connections, newest first, whether more follow).
+
+        Rows outside the caller's grants are skipped without a trace; a page is filled from further rows.
+        """
+        found: list[Connection] = []
+        before = wanted.before
+        while True:
+            rows = await self._rows(wanted, before, wanted.limit + 1)
+            found += [row for row in rows if policy.visible(principal, target_of(row))]
+            if len(found) > wanted.limit or len(rows) <= wanted.limit:
+                return found[: wanted.limit], len(found) > wanted.limit
+            before = (rows[-1].created_at, rows[-1].id)
+
+    async def _rows(self, wanted: Filter, before: tuple[float, str] | None, limit: int) -> list[Connection]:
+        query = select(Connection).where(col(Connection.deleted_at).is_(None))
+        if wanted.integration is not None:
+            query = query.where(Connection.integration == wanted.integration)
+        if wanted.subject is not None:
+            query = query.where(Connection.subject == wanted.subject)
+        if wanted.status is not None:
+            query = query.where(Connection.status == wanted.status)
+        if wanted.tag is not None:
+            key, value = wanted.tag
+            query = query.where(col(Connection.tags)[key].as_string() == value)
+        if before is not None:
+            query = query.where(sa.tuple_(col(Connection.created_at), col(Connection.id)) < before)
+        query = query.order_by(col(Connection.created_at).desc(), col(Connection.id).desc()).limit(limit)
+        return await self._database.read(lambda session: list(session.exec(query)))
+
+    # Handing out
+
+    async def token(self, connection_id: str, ask: Ask, principal: Principal, reason: str | None) -> Handout:
+        """Return a fresh token, after its hand-out is durably audited (AuditUnavailable otherwise: nothing leaves)."""
+        row, at = await self._row(connection_id)
+        try:
+            policy.require(principal, "token", target_of(row))
+        except Forbidden:
+            await self._audit.record(_entry("connection.token", row, principal, outcome="denied"))
+            raise
+        return await self._hand_out(row, at, ask, principal, reason)
+
+    async def token_for(
+        self, integration: str, subject: str, ask: Ask, principal: Principal, reason: str | None
+    ) -> Handout:
+        """As ``token``, finding the connection of (integration, subject); AmbiguousConnection when several fit."""
+        query = select(Connection).where(
+            Connection.integration == integration,
+            Connection.subject == subject,
+            Connection.status != "pending",
+            col(Connection.deleted_at).is_(None),
+        )
+
+        def work(session: Session) -> list[Connection]:
+            return list(session.exec(query))
+
+        rows = [row for row in await self._database.read(work) if policy.allowed(principal, "token", target_of(row))]
+        if not rows:
+            policy.require(principal, "token", Target(integration, subject, {}))
+            raise NotFound
+        usable = [row for row in rows if row.status == "active"] or rows
+        if len(usable) > 1:
+            raise AmbiguousConnection
+        return await self.token(usable[0].id, ask, principal, reason)
+
+    async def _hand_out(
+        self, row: Connection, at: float, ask: Ask, principal: Principal, reason: str | None
+    ) -> Handout:
+        try:
+            configured = await self._integrations.configured(row.integration)
+            handout = await self._credentials.fresh(row, configured, ask, at)
+        except BrokerError as error:
+            self._metrics.handout(error.code)
+            raise
+        detail: dict[str, Any] = {"token": self._audit.digest(handout.access_token.reveal()), "stale": handout.stale}
+        detail.update({"reason": reason} if reason else {})
+        await self._audit.record(_entry("connection.token", row, principal, **detail))
+        self._metrics.handout("ok")
+        await self._touch(row, at)
+        return handout
+
+    async def _touch(self, row: Connection, at: float) -> None:
+        """Keep ``last_used_at`` true to the minute without a write per hand-out."""
+        if row.last_used_at is not None and at - row.last_used_at < TOUCH_SECONDS:
+            return
+        fresh = sa.update(Connection).where(col(Connection.id) == row.id).values(last_used_at=at)
+        try:
+            await self._database.transaction(lambda session: session.execute(fresh))
+        except BrokerError:
+            log.warning("connection.touch_failed", connection_id=row.id)  # the hand-out itself stands
+
+    # Writing
+
+    async def import_(self, wanted: Import, principal: Principal) -> Connection:
+        """Store a credential that exists already; the connection is active at once.
+
+        With an ``account.id`` that this (integration, subject) has already, that connection is updated. The credential is
+        not tried at the provider.
+        """
+        target = Target(wanted.integration, wanted.subject, wanted.tags)
+        policy.require(principal, "connect", target)
+        configured = await self._integrations.configured(wanted.integration)
+        checked = check_import(wanted.credentials, configured.provider.credential_types)
+        fields = {
+            "integration": wanted.integration,
+            "provider": configured.provider.name,
+            "subject": wanted.subject,
+            "credential_type": checked.value["type"],
+            "client_id": configured.row.client_id,
+            "pins": configured.endpoints.origins,
+            "scopes": list(checked.scopes),
+            "token_expires_at": checked.token_expires_at,
+            "refreshable": "refresh_token" in checked.value,
+            "status": "active",
+            "created_by": principal.caller_id,
+            **_account_fields(wanted.account),
+        }
+        existing = await self._same_account(fields)
+        if existing is not None:
+            return await self._replace(existing, wanted, checked, fields, principal)
+        return await self._insert(wanted, checked, fields, principal)
+
+    async def _same_account(self, fields: Mapping[str, Any]) -> str | None:
+        if fields["account_id"] is None:
+            return None
+        query = select(Connection.id).where(
+            *(getattr(Connection, name) == fields[name] for name in ("integration", "subject", "account_id")),
+            Connection.status != "pending",
+            col(Connection.deleted_at).is_(None),
+        )
+        return await self._database.read(lambda session: session.exec(query).first())
+
+    async def _insert(
+        self, wanted: Import, checked: _Imported, fields: Mapping[str, Any], principal: Principal
+    ) -> Connection:
+        connection_id = new_id("con")
+        version = await self._vault.put(secret_owner(connection_id), checked.value, expected_version=0)
+
+        def work(session: Session) -> Connection:
+            row = Connection(
+                id=connection_id,
+                secret_version=version,
+                tags=dict(wanted.tags),
+                extra=dict(wanted.metadata),
+                created_at=now(session),
+                **fields,
+            )
+            session.add(row)
+            session.flush()
+            self._audit.append(session, _entry("connection.imported", row, principal, type=checked.value["type"]))
+            return row
+
+        try:
+            return await self._database.transaction(work)
+        except IntegrityError:
+            await self._vault.destroy(secret_owner(connection_id))
+            raise Conflict("the same account was connected at the same moment; try again") from None
+
+    async def _replace(
+        self,
+        existing_id: str,
+        wanted: Import,
+        checked: _Imported,
+        fields: Mapping[str, Any],
+        principal: Principal,
+    ) -> Connection:
+        async with self._credentials.holding(existing_id) as claimed:
+            policy.require(principal, "connect", target_of(claimed.row))
+            version = await self._credentials.put(
+                existing_id, checked.value, expected_version=claimed.row.secret_version
+            )
+
+            def work(session: Session) -> Connection:
+                require_lease(session, claimed.lease)
+                row = session.get(Connection, existing_id)
+                if row is None or row.deleted_at is not None:
+                    raise NotFound
+                frozen = row.status == "frozen"
+                for name, value in fields.items():
+                    setattr(row, name, value)
+                row.status = "frozen" if frozen else "active"
+                row.secret_version, row.status_reason, row.unknown_outcomes, row.refresh_failures = version, None, 0, 0
+                row.tags = {**row.tags, **wanted.tags}
+                row.extra = {**row.extra, **wanted.metadata}
+                session.flush()
+                self._audit.append(session, _entry("connection.imported", row, principal, replaced=True))
+                return row
+
+            return await self._database.transaction(work)
+
+    async def update(self, connection_id: str, patch: Mapping[str, Any], principal: Principal) -> Connection:
+        """Apply a merge patch to ``tags`` and ``metadata``; the caller must be allowed before and after."""
+        row, _ = await self._row(connection_id)
+        tags = _checked_tags(merge_patch(row.tags, patch.get("tags") or {}) if "tags" in patch else row.tags)
+        if "tags" in patch and patch["tags"] is None:
+            tags = {}
+        extra = merge_patch(row.extra, patch["metadata"] or {}) if "metadata" in patch else row.extra
+        if "metadata" in patch and patch["metadata"] is None:
+            extra = {}
+        policy.require_write(principal, "manage", target_of(row), Target(row.integration, row.subject, tags))
+
+        def work(session: Session) -> Connection:
+            current = session.get(Connection, connection_id)
+            if current is None or current.deleted_at is not None:
+                raise NotFound
+            if current.tags != row.tags:
+                raise Conflict("the connection was changed meanwhile; read it again")
+            current.tags, current.extra = dict(tags), dict(extra)
+            session.flush()
+            self._audit.append(session, _entry("connection.updated", current, principal, fields=sorted(patch)))
+            return current
+
+        return await self._database.transaction(work)
+
+    async def delete(self, connection_id: str, principal: Principal, *, revoke: bool) -> Revoked:
+        """Delete a connection: gone for everybody at once, then revoked at the provider, then its secret destroyed."""
+        row, _ = await self._row(connection_id)
+        policy.require(principal, "manage", target_of(row))
+
+        def work(session: Session) -> None:
+            gone = (
+                sa.update(Connection)
+                .where(col(Connection.id) == connection_id, col(Connection.deleted_at).is_(None))
+                .values(deleted_at=now(session), revoke_on_delete=revoke)
+            )
+            if session.execute(gone).rowcount != 1:  # type: ignore[attr-defined]
+                raise NotFound
+            self._audit.append(session, _entry("connection.deleted", row, principal, revoke=revoke))
+
+        await self._database.transaction(work)
+        return await self._credentials.dispose(connection_id)
+
+
+def check_import(credentials: Mapping[str, Any], types: Sequence[str]) -> _Imported:
+    """Check an imported credential by its ``type`` (InvalidRequest names the field; values are never quoted)."""
+    kind = credentials.get("type")
+    if kind not in types:
+        raise InvalidRequest(errors=[FieldError("/credentials/type", f"must be one of {', '.join(types) or 'none'}")])
+    shapes: dict[str, tuple[set[str], set[str]]] = {
+        "api_key": ({"api_key"}, set()),
+        "basic": ({"username", "password"}, set()),
+        "oauth2": ({"access_token"}, {"refresh_token", "expires_at", "scopes"}),
+    }
+    needed, optional = shapes[str(kind)]
+    given = credentials.keys() - {"type"}
+    problems = [FieldError(f"/credentials/{name}", "is not a field") for name in sorted(given - needed - optional)]
+    secret_fields = (needed | {"refresh_token"}) & (needed | given)
+    problems += [
+        FieldError(f"/credentials/{name}", "must be 1 to 16,384 printable ASCII characters")
+        for name in sorted(secret_fields)
+        if not _is_secret(credentials.get(name), spaces=name in {"username", "password"})
+    ]
+    scopes = credentials.get("scopes") or []
+    if not (isinstance(scopes, list) and all(isinstance(scope, str) and scope for scope in scopes)):
+        problems.append(FieldError("/credentials/scopes", "must be a list of strings"))
+    expires_at = credentials.get("expires_at")
+    if problems:
+        raise InvalidRequest(errors=problems)
+    kept = {name: credentials[name] for name in sorted(secret_fields)}
+    return _Imported({"type": kind, **kept}, _epoch(expires_at), tuple(scopes))
+
+
+def _is_secret(value: object, *, spaces: bool) -> bool:
+    if not isinstance(value, str) or not 1 <= len(value) <= 16_384:
+        return False
+    if spaces:
+        return value.isprintable()
+    return value.isascii() and value.isprintable() and " " not in value
+
+
+def _epoch(expires_at: object) -> float | None:
+    if expires_at is None:
+        return None
+    try:
+        moment = datetime.fromisoformat(str(expires_at))
+    except ValueError:
+        raise InvalidRequest(errors=[FieldError("/credentials/expires_at", "must be an RFC 3339 time")]) from None
+    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+
+
+def _account_fields(account: Mapping[str, Any] | None) -> dict[str, Any]:
+    given = account or {}
+    return {f"account_{name}": given.get(name) for name in ("id", "name", "email")}
+
+
+def _checked_tags(tags: Mapping[str, Any]) -> dict[str, str]:
+    if not all(isinstance(value, str) for value in tags.values()):
+        raise InvalidRequest(errors=[FieldError("/tags", "must map strings to strings")])
+    return dict(tags)
+
+
+def _entry(action: str, row: Connection, principal: Principal, *, outcome: str = "ok", **detail: Any) -> Entry:  # noqa: ANN401 - JSON values
+    return Entry(
+        action=action,
+        actor=principal.caller_id,
+        outcome=outcome,
+        connection_id=row.id,
+        integration=row.integration,
+        subject=row.subject,
+        detail=detail,
+    )

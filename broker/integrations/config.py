@@ -1,0 +1,182 @@
+"""Pure: the ``config`` of an integration, checked, and the endpoints that come of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from broker.egress import origin_of
+from broker.errors import FieldError, InvalidRequest
+from providers.spec import RESERVED_AUTHORIZE_PARAMS, ClientAuth, OAuth2, Provider
+
+NAME_PATTERN = r"[a-z0-9][a-z0-9_-]{0,62}"
+URL_FIELDS = ("authorize_url", "token_url", "revoke_url", "device_url", "jwks_url", "userinfo_url")
+ENDPOINT_FIELDS = (*URL_FIELDS, "issuer", "api_base_url", "hosts")
+
+
+class RetryConfig(BaseModel):
+    """How proxied calls are retried."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    max_attempts: int = Field(3, ge=1, le=10)
+    backoff: Literal["exponential", "linear"] = "exponential"
+    initial_delay_seconds: float = Field(0.2, gt=0, le=60)
+    max_delay_seconds: float = Field(30, gt=0, le=600)
+    retry_on: list[int] = Field(default_factory=lambda: [429, 502, 503, 504])
+
+
+class RateLimitConfig(BaseModel):
+    """How many proxied calls in which window."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    max_requests: int = Field(ge=1)
+    window_seconds: float = Field(gt=0)
+    strategy: Literal["sliding", "fixed"] = "sliding"
+
+
+class CircuitBreakerConfig(BaseModel):
+    """When proxied calls are paused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    failure_threshold: int = Field(5, ge=1)
+    recovery_seconds: float = Field(30, gt=0)
+    window_seconds: float = Field(60, gt=0)
+
+
+class CacheConfig(BaseModel):
+    """Whether proxied answers may be cached."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    enabled: bool = False
+
+
+class IntegrationConfig(BaseModel):
+    """The ``config`` of an integration: overrides of the provider's file, and how its flows behave."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    issuer: str | None = None
+    authorize_url: str | None = None
+    token_url: str | None = None
+    revoke_url: str | None = None
+    device_url: str | None = None
+    jwks_url: str | None = None
+    userinfo_url: str | None = None
+    api_base_url: str | None = None
+    hosts: dict[str, str] | None = None
+    client_auth: Literal["client_secret_basic", "client_secret_post", "private_key_jwt", "none"] | None = None
+    authorize_params: dict[str, str] = Field(default_factory=dict)
+    confirm: Literal["always", "without_session"] = "always"
+    confirm_seconds: float = Field(600, ge=1, le=86_400)
+    require_session: bool = False
+    timeout_seconds: float = Field(10, gt=0, le=60)
+    retry: RetryConfig | None = None
+    rate_limit: RateLimitConfig | None = None
+    circuit_breaker: CircuitBreakerConfig | None = None
+    cache: CacheConfig | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoints:
+    """Where an integration's dialogue goes, after discovery and overrides."""
+
+    urls: Mapping[str, str]
+    hosts: Mapping[str, str]
+    issuer: str
+    client_auth: ClientAuth
+    iss_required: bool
+
+    @property
+    def origins(self) -> dict[str, str]:
+        """The origin of each place that a credential may go to: what a connection pins."""
+        places = {name.removesuffix("_url"): self.urls[name] for name in ("token_url", "revoke_url", "userinfo_url")}
+        places.update({f"api:{name}": url for name, url in self.hosts.items()})
+        return {name: origin_of(url) for name, url in places.items() if url}
+
+
+def parse_config(raw: Mapping[str, Any], provider: Provider, *, development: bool) -> IntegrationConfig:
+    """Check a ``config`` (InvalidRequest names each field). URLs must be https; http is for development."""
+    try:
+        config = IntegrationConfig.model_validate(dict(raw))
+    except ValidationError as error:
+        raise InvalidRequest(errors=_field_errors(error)) from None
+    problems = [*_url_problems(config, development=development), *_config_problems(config, provider)]
+    if problems:
+        raise InvalidRequest(errors=problems)
+    return config
+
+
+def _field_errors(error: ValidationError) -> list[FieldError]:
+    return [
+        FieldError("/config/" + "/".join(map(str, item["loc"])), item["msg"])
+        for item in error.errors(include_input=False, include_url=False)
+    ]
+
+
+def _url_problems(config: IntegrationConfig, *, development: bool) -> list[FieldError]:
+    urls = {name: getattr(config, name) for name in (*URL_FIELDS, "issuer", "api_base_url")}
+    urls.update({f"hosts/{name}": url for name, url in (config.hosts or {}).items()})
+    return [
+        FieldError(f"/config/{name}", "must be an https URL without credentials or fragment")
+        for name, url in urls.items()
+        if url is not None and not _good_url(url, development=development)
+    ]
+
+
+def _good_url(url: str, *, development: bool) -> bool:
+    try:
+        origin = origin_of(url)
+    except ValueError:
+        return False
+    return "#" not in url and (origin.startswith("https://") or (development and origin.startswith("http://")))
+
+
+def _config_problems(config: IntegrationConfig, provider: Provider) -> list[FieldError]:
+    problems = []
+    if RESERVED_AUTHORIZE_PARAMS & config.authorize_params.keys():
+        problems.append(FieldError("/config/authorize_params", "must not set a parameter that the flow itself sets"))
+    if config.client_auth == "private_key_jwt":
+        problems.append(FieldError("/config/client_auth", "private_key_jwt is not supported yet"))
+    if provider.oauth2 is None:
+        return problems
+    known = config.issuer and provider.oauth2.discovery
+    if not known and not (config.token_url or provider.oauth2.token_url):
+        problems.append(FieldError("/config/token_url", "this provider needs an issuer, or its URLs one by one"))
+    return problems
+
+
+def static_endpoints(provider: Provider, config: IntegrationConfig, discovered: Mapping[str, Any]) -> Endpoints:
+    """Merge the provider's file, what was discovered and the overrides, in that order of strength (pure)."""
+    oauth2 = provider.oauth2 or OAuth2()
+    urls = {}
+    for name in URL_FIELDS:
+        urls[name] = getattr(config, name) or discovered.get(name) or getattr(oauth2, name)
+    hosts = {**provider.hosts, **(config.hosts or {})}
+    if config.api_base_url:
+        hosts[""] = config.api_base_url
+    moved = config.authorize_url is not None and not oauth2.discovery
+    issuer = config.issuer or cast("str", discovered.get("issuer", "")) or ("" if moved else oauth2.issuer)
+    auth = config.client_auth or discovered.get("client_auth") or oauth2.client_auth
+    required = oauth2.callback_iss == "required" or bool(discovered.get("iss_in_callback"))
+    return Endpoints(urls, hosts, issuer, cast("ClientAuth", auth), required)
+
+
+def merge_patch(target: Mapping[str, Any], patch: Mapping[str, Any]) -> dict[str, Any]:
+    """Apply a JSON Merge Patch (RFC 7396): null removes, objects merge, all else replaces (pure)."""
+    merged = dict(target)
+    for name, value in patch.items():
+        if value is None:
+            merged.pop(name, None)
+        elif isinstance(value, Mapping):
+            before = merged.get(name)
+            merged[name] = merge_patch(before if isinstance(before, Mapping) else {}, value)
+        else:
+            merged[name] = value
+    return merged

@@ -1,0 +1,126 @@
+"""Pure rules of refreshing: when a token is good enough, when to send again after silence, how long to wait.
+
+No I/O and no clock: every function gets ``now`` (the database's, seconds since 1970) and plain values.
+"""
+
+from __future__ import annotations
+
+import hmac
+from dataclasses import dataclass
+from typing import Literal
+
+from broker.errors import BrokerError, NotRefreshable, ProviderUnavailable, RateLimited, ReauthorizationRequired
+from providers.spec import Refresh
+
+FORCE_EVERY_SECONDS = 30.0
+SOFT_MARGIN_SECONDS = 120.0
+MOST_RESENDS = 3
+MOST_BACKOFF_SECONDS = 300.0
+USED_WITHIN_SECONDS = 7 * 86_400.0
+IDLE_SHARE = 0.8
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What a caller wants of a hand-out."""
+
+    min_ttl_seconds: float = 60
+    not_token_sha256: str | None = None
+    force: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What is known of the credential at hand. ``jitter`` in [0, 1) spreads the soft margin over connections."""
+
+    token_sha256: str
+    expires_at: float | None
+    lifetime_seconds: float | None
+    refreshable: bool
+    refreshed_at: float | None
+    not_before_at: float | None
+    jitter: float = 0.5
+
+    def live(self, now: float) -> bool:
+        """Whether the provider should still accept the token."""
+        return self.expires_at is None or self.expires_at > now
+
+    def refused(self, ask: Ask) -> bool:
+        """Whether the caller says that the provider refused exactly this token."""
+        return ask.not_token_sha256 is not None and hmac.compare_digest(ask.not_token_sha256.lower(), self.token_sha256)
+
+
+def soft_margin_seconds(held: Held) -> float:
+    """Return how long before its end a token is renewed early: a tenth of its life, 120 s at most, spread by ±20 %."""
+    share = SOFT_MARGIN_SECONDS if held.lifetime_seconds is None else held.lifetime_seconds / 10
+    return min(SOFT_MARGIN_SECONDS, share) * (0.8 + 0.4 * held.jitter)
+
+
+def decide(held: Held, ask: Ask, now: float) -> Literal["serve", "stale", "renew"]:
+    """Say whether to hand the token out as it is, or to renew it first.
+
+    Raises NotRefreshable when a new token was demanded and there is no way to get one, ReauthorizationRequired when the
+    token is dead besides, RateLimited for a second ``force`` within 30 s, ProviderUnavailable while a failed refresh
+    has to wait and the token cannot be served meanwhile.
+    """
+    demanded = ask.force or held.refused(ask)
+    if not demanded and _long_enough(held, ask, now):
+        return "serve"
+    if not held.refreshable:
+        return _without_refresh(held, now, demanded=demanded)
+    if ask.force and held.refreshed_at is not None and now - held.refreshed_at < FORCE_EVERY_SECONDS:
+        wait = FORCE_EVERY_SECONDS - (now - held.refreshed_at)
+        raise RateLimited("this connection was refreshed a moment ago", retry_after_seconds=int(wait) + 1)
+    if held.not_before_at is not None and held.not_before_at > now:
+        return _while_waiting(held, now, demanded=demanded)
+    return "renew"
+
+
+def _long_enough(held: Held, ask: Ask, now: float) -> bool:
+    if held.expires_at is None:
+        return True
+    left = held.expires_at - now
+    return left >= ask.min_ttl_seconds and left >= soft_margin_seconds(held)
+
+
+def _without_refresh(held: Held, now: float, *, demanded: bool) -> Literal["serve"]:
+    if demanded:
+        raise NotRefreshable
+    if held.live(now):
+        return "serve"
+    raise ReauthorizationRequired("the access token is over and there is no refresh token")
+
+
+def _while_waiting(held: Held, now: float, *, demanded: bool) -> Literal["stale"]:
+    if held.live(now) and not demanded:
+        return "stale"
+    wait = int((held.not_before_at or now) - now) + 1
+    raise ProviderUnavailable("the last refresh failed; it is tried again soon", headers={"Retry-After": str(wait)})
+
+
+def after_failure(held: Held, ask: Ask, now: float, failure: BrokerError) -> Literal["stale"]:
+    """Serve the token at hand after a failed refresh if it is live and was not refused; else raise ``failure``."""
+    if held.live(now) and not ask.force and not held.refused(ask):
+        return "stale"
+    raise failure
+
+
+def send_again_at(refresh: Refresh, *, unknown_outcomes: int, expires_at: float | None, now: float) -> float | None:
+    """Return when the same refresh token may be sent again after silence, or None to give up.
+
+    A provider that does not rotate may be asked for ever. One with a grace period is asked at once. Where reuse kills the
+    grant, the live access token is used up first. A rotating provider is asked at most 3 times again.
+    """
+    if not refresh.rotates:
+        return now
+    if unknown_outcomes > MOST_RESENDS:
+        return None
+    if refresh.grace_seconds > 0 or expires_at is None:
+        return now
+    return max(now, expires_at)
+
+
+def backoff_seconds(failures: int, random_share: float) -> float:
+    """Return how long to wait after the n-th failure in a row: full jitter under 1, 2, 4, … 300 seconds, at least 0.2."""
+    ceiling = min(MOST_BACKOFF_SECONDS, 2.0 ** min(max(failures - 1, 0), 16))
+    return max(0.2, ceiling * random_share)

@@ -1,0 +1,430 @@
+"""The OAuth dialogue: builds its requests, and parses the answers strictly; no I/O, so every function is pure.
+
+Requests are built on Authlib; its parsing is not used, because it takes a 429, a missing or numeric ``access_token`` and
+``token_type: N_A`` for tokens. The only random thing here is ``new_verifier``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC
+from email.utils import parsedate_to_datetime
+from typing import Any, Final, Literal, NoReturn
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+
+from authlib.common.urls import add_params_to_qs, add_params_to_uri
+from authlib.oauth2.rfc6749.parameters import prepare_grant_uri, prepare_token_request
+from authlib.oauth2.rfc7009 import prepare_revoke_token_request
+from authlib.oauth2.rfc7636 import create_s256_code_challenge
+
+from broker.egress import NotSent, origin_of
+from providers import implied_by
+from providers.spec import (
+    RESERVED_AUTHORIZE_PARAMS,
+    ClientAuth,
+    Incoming,
+    OAuth2,
+    Outgoing,
+    Secret,
+    client_authentication,
+)
+
+Outcome = Literal["transient", "permanent", "client_refused", "invalid"]
+
+MAX_TOKEN_LENGTH: Final = 16 * 1024
+MAX_ID_TOKEN_LENGTH: Final = 64 * 1024
+MAX_LIFETIME_SECONDS: Final = 10 * 365 * 86_400
+MAX_RETRY_AFTER_SECONDS: Final = 3600.0
+# VSCHAR of RFC 6749 A.12, and no space at either end: a header field would lose it on the way.
+_TOKEN: Final = re.compile(r"[\x21-\x7e](?:[\x20-\x7e]*[\x21-\x7e])?")
+_SCOPE: Final = re.compile(r"[\x21\x23-\x5b\x5d-\x7e]+")  # scope-token of RFC 6749 3.3
+_DEFAULT_OUTCOMES: Final[Mapping[str, Outcome]] = {
+    "invalid_grant": "permanent",
+    "invalid_client": "client_refused",
+    "server_error": "transient",
+    "temporarily_unavailable": "transient",
+    "slow_down": "transient",
+}
+_KNOWN_ERRORS: Final = frozenset(  # RFC 6749 4.1.2.1 and 5.2, 7009 2.2.1, 8628 3.5, 8707 2, 9449 5
+    {"invalid_request", "invalid_client", "invalid_grant", "unauthorized_client", "unsupported_grant_type"}
+    | {"invalid_scope", "access_denied", "unsupported_response_type", "server_error", "temporarily_unavailable"}
+    | {"unsupported_token_type", "authorization_pending", "slow_down", "expired_token", "invalid_target"}
+    | {"invalid_dpop_proof", "use_dpop_nonce", "redirect_uri_mismatch"}
+)
+_DISCOVERED: Final = {  # OpenID Connect Discovery 3, RFC 8414 2: their names and ours
+    "authorization_endpoint": "authorize_url",
+    "token_endpoint": "token_url",
+    "jwks_uri": "jwks_url",
+    "revocation_endpoint": "revoke_url",
+    "device_authorization_endpoint": "device_url",
+    "userinfo_endpoint": "userinfo_url",
+}
+_REQUIRED: Final = ("authorization_endpoint", "token_endpoint", "jwks_uri")
+_AUTH_METHODS: Final[tuple[ClientAuth, ...]] = (
+    "client_secret_basic",
+    "client_secret_post",
+    "none",
+    "private_key_jwt",
+)
+
+
+# --- Requests
+
+
+@dataclass(frozen=True, slots=True)
+class Client:
+    """An OAuth client: its live secrets, newest first, and how it proves itself."""
+
+    client_id: str
+    secrets: tuple[Secret, ...]
+    auth: ClientAuth
+
+
+def new_verifier() -> Secret:
+    """Return a fresh PKCE verifier: 43 unreserved characters, 256 random bits (RFC 7636 4.1)."""
+    return Secret(secrets.token_urlsafe(32))
+
+
+def challenge(verifier: Secret) -> str:
+    """Return the S256 challenge of a verifier (RFC 7636 4.2)."""
+    return str(create_s256_code_challenge(verifier.reveal()))
+
+
+def authorize_url(
+    oauth2: OAuth2,
+    *,
+    authorize_url: str,
+    client_id: str,
+    redirect_uri: str,
+    scopes: Sequence[str],
+    state: str,
+    verifier_challenge: str,
+    nonce: str | None,
+    extra: Mapping[str, str],
+) -> str:
+    """Return where to send the browser: code flow, PKCE S256 always (RFC 6749 4.1.1, RFC 7636 4.3).
+
+    A query that ``authorize_url`` has is kept, but for what is set here: no parameter comes twice. Without ``scopes`` there
+    is no ``scope``. ``ValueError`` when a parameter is empty, or ``extra`` has one that the flow itself sets.
+    """
+    if RESERVED_AUTHORIZE_PARAMS & extra.keys():
+        raise ValueError("an extra parameter is one that the flow itself sets")
+    if not (client_id and redirect_uri and state and verifier_challenge) or nonce == "":
+        raise ValueError("a parameter is empty, and would be left out silently")
+    own = {"code_challenge": verifier_challenge, "code_challenge_method": "S256"}
+    own.update({"nonce": nonce} if nonce is not None else {})
+    base = _without_parameters(authorize_url, RESERVED_AUTHORIZE_PARAMS | extra.keys())
+    scope = oauth2.scope_separator.join(scopes)
+    url = prepare_grant_uri(base, client_id, "code", redirect_uri=redirect_uri, scope=scope, state=state, **own)
+    return str(add_params_to_uri(url, list(extra.items())))
+
+
+def _without_parameters(url: str, names: frozenset[str]) -> str:
+    parts = urlsplit(url)
+    kept = [(name, value) for name, value in parse_qsl(parts.query, keep_blank_values=True) if name not in names]
+    return urlunsplit(parts._replace(query=urlencode(kept), fragment=""))
+
+
+def exchange_request(
+    oauth2: OAuth2,
+    *,
+    token_url: str,
+    client: Client,
+    secret: Secret | None,
+    code: Secret,
+    redirect_uri: str,
+    verifier: Secret,
+) -> Outgoing:
+    """Build the request that exchanges a code (RFC 6749 4.1.3, RFC 7636 4.5) with one client secret.
+
+    When the answer is ``client_refused`` the caller tries the next secret. Raises NotSent when the client cannot prove
+    itself (no secret, or private_key_jwt), ValueError for an empty code, redirect_uri or verifier.
+    """
+    if not (code.reveal() and redirect_uri and verifier.reveal()):
+        raise ValueError("a parameter is empty, and would be left out silently")
+    body = prepare_token_request(
+        "authorization_code", redirect_uri=redirect_uri, code=code.reveal(), code_verifier=verifier.reveal()
+    )
+    return _post(oauth2, token_url, client, secret, body)
+
+
+def refresh_request(
+    oauth2: OAuth2, *, token_url: str, client: Client, secret: Secret | None, refresh_token: Secret
+) -> Outgoing:
+    """Build a refresh (RFC 6749 6) with one client secret; without ``scope``, so the scopes stay. Raises as above."""
+    if not refresh_token.reveal():
+        raise ValueError("the refresh token is empty, and would be left out silently")
+    body = prepare_token_request("refresh_token", refresh_token=refresh_token.reveal())
+    return _post(oauth2, token_url, client, secret, body)
+
+
+def revoke_request(
+    oauth2: OAuth2,
+    *,
+    revoke_url: str,
+    client: Client,
+    secret: Secret | None,
+    token: Secret,
+    token_type_hint: Literal["access_token", "refresh_token"],
+) -> Outgoing:
+    """Build a standard revocation (RFC 7009 2.1) with one client secret. Raises as above."""
+    if not token.reveal():
+        raise ValueError("the token is empty")
+    body, _ = prepare_revoke_token_request(token.reveal(), token_type_hint)
+    return _post(oauth2, revoke_url, client, secret, body)
+
+
+def _post(oauth2: OAuth2, url: str, client: Client, secret: Secret | None, body: str) -> Outgoing:
+    try:
+        headers, fields = client_authentication(client.client_id, secret, client.auth)
+    except ValueError as error:
+        why = str(error)
+    else:
+        form = {"Content-Type": "application/x-www-form-urlencoded", "Accept": "application/json"}
+        whole = str(add_params_to_qs(body, fields))
+        return Outgoing("POST", url, {**form, **oauth2.token_headers, **headers}, whole.encode())
+    raise NotSent(f"The integration's client cannot prove itself: {why}")
+
+
+# --- Answers
+
+
+@dataclass(frozen=True, slots=True)
+class TokenAnswer:
+    """Tokens that passed the parser. Times are seconds since 1970, on the clock that ``received_at`` was read from.
+
+    ``scopes`` None: the answer names none, which means all that was asked for (RFC 6749 5.1); but where ``scopes_apply`` is
+    False, this token has no scopes at all, and so none is missing. ``id_token`` is not verified yet.
+    """
+
+    access_token: Secret
+    token_type: str
+    expires_at: float | None
+    refresh_token: Secret | None
+    refresh_expires_at: float | None
+    scopes: tuple[str, ...] | None
+    id_token: Secret | None
+    scopes_apply: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRefusal:
+    """No tokens. ``error`` is a known OAuth code or one of ours, never the provider's text.
+
+    ``transient``: try again later. ``permanent``: the grant is dead. ``client_refused``: this client secret is not
+    accepted. ``invalid``: anything else, so misconfigured or against the protocol; the grant may well be alive.
+    """
+
+    outcome: Outcome
+    error: str
+    retry_after_seconds: float | None = None
+
+
+def parse_answer(oauth2: OAuth2, answer: Incoming, *, received_at: float) -> TokenAnswer | TokenRefusal:
+    """Read an answer of the token endpoint (RFC 6749 5); never raises, whatever came.
+
+    408, 429 and 5xx are transient whatever they carry. Only a JSON object without duplicate keys is read, in 200 or 201 for
+    tokens, in those or a 4xx for an error. The content type is not checked.
+    """
+    retry_after_seconds = _retry_after_seconds(answer, received_at)
+    if answer.status in {408, 429} or answer.status >= 500:
+        return TokenRefusal("transient", "temporarily_unavailable", retry_after_seconds)
+    good = answer.status in {200, 201}
+    if not good and not 400 <= answer.status < 500:
+        return TokenRefusal("invalid", "invalid_answer")
+    try:
+        body = _reshaped(oauth2, strict_object(answer.body))
+        if good and body.get("error") is None:
+            return _token_answer(oauth2, body, received_at)
+    except ValueError:
+        return TokenRefusal("invalid", "invalid_answer")
+    return _refusal(oauth2, body.get("error"), retry_after_seconds)
+
+
+def strict_object(raw: bytes) -> dict[str, Any]:
+    """Decode a JSON object in UTF-8; ``ValueError`` for anything else, for a key named twice, and for NaN and Infinity."""
+    try:
+        found = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse_constant)
+    except RecursionError:
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError("not a JSON object")  # noqa: TRY004 - one kind of error for every malformed document
+    return found
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key is named twice")
+    return found
+
+
+def _refuse_constant(_: str) -> NoReturn:
+    raise ValueError("not a JSON number")
+
+
+def _reshaped(oauth2: OAuth2, body: dict[str, Any]) -> Mapping[str, Any]:
+    if oauth2.parse_token is None:
+        return body
+    try:
+        reshaped = oauth2.parse_token(body)
+    except Exception:  # noqa: BLE001 - a provider's function stumbled over the answer: whatever it raises, it is not valid
+        reshaped = None
+    if not isinstance(reshaped, Mapping):
+        raise ValueError("the answer could not be reshaped")  # noqa: TRY004 - as in strict_object
+    return reshaped
+
+
+def _token_answer(oauth2: OAuth2, body: Mapping[str, Any], received_at: float) -> TokenAnswer:
+    token_type = body.get("token_type")  # some leave it out; then Bearer, the only kind that can be used here
+    if token_type is not None and (not isinstance(token_type, str) or token_type.lower() != "bearer"):
+        raise ValueError("not a bearer token")
+    access_token = _token(body, "access_token", MAX_TOKEN_LENGTH)
+    if access_token is None:
+        raise ValueError("there is no access token")
+    applies = not access_token.reveal().startswith(oauth2.unscoped_prefixes)
+    lifetime, refresh_lifetime = _seconds(body.get("expires_in")), _seconds(body.get("refresh_token_expires_in"))
+    return TokenAnswer(
+        access_token=access_token,
+        token_type="Bearer",  # noqa: S106 - a kind
+        expires_at=None if lifetime is None else received_at + lifetime,
+        refresh_token=_token(body, "refresh_token", MAX_TOKEN_LENGTH),
+        refresh_expires_at=None if refresh_lifetime is None else received_at + refresh_lifetime,
+        scopes=_scopes(oauth2, body.get("scope")) if applies else None,
+        id_token=_token(body, "id_token", MAX_ID_TOKEN_LENGTH) if oauth2.openid else None,
+        scopes_apply=applies,
+    )
+
+
+def _token(body: Mapping[str, Any], name: str, most: int) -> Secret | None:
+    value = body.get(name)
+    if value is None:
+        return None
+    if not isinstance(value, str) or len(value) > most or not _TOKEN.fullmatch(value):
+        raise ValueError("a token is malformed")
+    return Secret(value)
+
+
+def _seconds(value: object) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, str) and re.fullmatch(r"[0-9]{1,20}", value):
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+        raise ValueError("a lifetime is malformed")
+    return float(min(value, MAX_LIFETIME_SECONDS))
+
+
+def _scopes(oauth2: OAuth2, value: object) -> tuple[str, ...] | None:
+    if value is None:
+        return None
+    if isinstance(value, str):
+        value = (
+            re.split(f"[{re.escape(oauth2.scope_separators_in)}]", value) if len(value) <= MAX_TOKEN_LENGTH else None
+        )
+    if not isinstance(value, list) or not all(isinstance(scope, str) for scope in value):
+        raise ValueError("the scopes are malformed")
+    found = tuple(dict.fromkeys(scope for scope in value if scope))
+    if not all(_SCOPE.fullmatch(scope) for scope in found):
+        raise ValueError("a scope is malformed")
+    return found
+
+
+def _refusal(oauth2: OAuth2, error: object, retry_after_seconds: float | None) -> TokenRefusal:
+    outcomes: Mapping[str, Outcome] = {**_DEFAULT_OUTCOMES, **oauth2.error_outcomes}
+    code = error if isinstance(error, str) and error in _KNOWN_ERRORS | outcomes.keys() else "unknown_error"
+    outcome = outcomes.get(code, "invalid")
+    return TokenRefusal(outcome, code, retry_after_seconds if outcome == "transient" else None)
+
+
+def _retry_after_seconds(answer: Incoming, received_at: float) -> float | None:
+    """Read Retry-After, seconds or an HTTP date (RFC 9110 10.2.3), at most an hour; None when it is neither."""
+    value = answer.headers.get("retry-after", "").strip()
+    if re.fullmatch(r"[0-9]{1,20}", value):
+        seconds = float(value)
+    else:
+        try:
+            date = parsedate_to_datetime(value)
+        except (ValueError, OverflowError, IndexError, TypeError):  # what the library is known to raise
+            return None
+        seconds = date.replace(tzinfo=date.tzinfo or UTC).timestamp() - received_at
+    return min(max(seconds, 0.0), MAX_RETRY_AFTER_SECONDS)
+
+
+# --- Scopes
+
+
+def granted_scopes(oauth2: OAuth2, asked: Sequence[str], answer: TokenAnswer) -> tuple[str, ...]:
+    """Return what was granted, under the names that were asked for where the provider has several for one scope.
+
+    All that was asked for when the answer names none (RFC 6749 5.1); nothing where scopes do not apply to the token.
+    """
+    if not answer.scopes_apply:
+        return ()
+    if answer.scopes is None:
+        return tuple(dict.fromkeys(asked))
+    names = {_canonical(oauth2, scope): scope for scope in asked}
+    return tuple(dict.fromkeys(names.get(_canonical(oauth2, scope), scope) for scope in answer.scopes))
+
+
+def missing_scopes(oauth2: OAuth2, asked: Sequence[str], granted: Sequence[str] | None) -> tuple[str, ...]:
+    """Return what was asked for and not granted, not even as a part of a wider scope.
+
+    ``granted`` is ``TokenAnswer.scopes`` (not what ``granted_scopes`` returned): None means that nothing is missing.
+    """
+    if granted is None:
+        return ()
+    held = {_canonical(oauth2, scope) for scope in granted}
+    held = held.union(*(implied_by(oauth2.implied_scopes, scope) for scope in held))
+    return tuple(dict.fromkeys(scope for scope in asked if _canonical(oauth2, scope) not in held))
+
+
+def _canonical(oauth2: OAuth2, scope: str) -> str:
+    return oauth2.scope_aliases.get(scope, scope)
+
+
+# --- Discovery
+
+
+def discovery_url(issuer: str) -> str:
+    """Return where an issuer's metadata lies (OpenID Connect Discovery 4.1)."""
+    return f"{issuer.rstrip('/')}/.well-known/openid-configuration"
+
+
+def parse_discovery(document: object, *, issuer: str, development: bool = False) -> Mapping[str, str | bool]:
+    """Read an issuer's metadata (OpenID Connect Discovery 3, RFC 8414 2); everything unknown is ignored.
+
+    Returns ``issuer``, the URLs under our names, ``client_auth`` unless the server takes none of those that we know, and
+    ``iss_in_callback`` (RFC 9207 3). ``ValueError`` when the issuer is not exactly the configured one (RFC 8414 3.3), an
+    endpoint that OpenID Connect requires is missing, or a URL is not https; http is for ``development``.
+    """
+    if not isinstance(document, Mapping) or document.get("issuer") != issuer:
+        raise ValueError("the metadata is not this issuer's")
+    found: dict[str, str | bool] = {"issuer": issuer}
+    for theirs, ours in _DISCOVERED.items():
+        url = document.get(theirs)
+        if url is None and theirs not in _REQUIRED:
+            continue
+        if not isinstance(url, str) or not _good_url(url, development=development):
+            raise ValueError("an endpoint of the metadata is missing or malformed")
+        found[ours] = url
+    found["iss_in_callback"] = document.get("authorization_response_iss_parameter_supported") is True
+    auth = _client_auth(document.get("token_endpoint_auth_methods_supported"))
+    found.update({"client_auth": auth} if auth is not None else {})
+    return found
+
+
+def _good_url(url: str, *, development: bool) -> bool:
+    origin = origin_of(url)  # raises ValueError for what two parsers could read in two ways
+    return origin.startswith("https://") or development
+
+
+def _client_auth(methods: object) -> ClientAuth | None:
+    if methods is None:
+        return "client_secret_basic"  # the default of both specifications
+    supported = methods if isinstance(methods, list) else []
+    return next((method for method in _AUTH_METHODS if method in supported), None)

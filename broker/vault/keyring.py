@@ -1,0 +1,451 @@
+"""Keys and envelopes: the keyring's keys wrap data keys, data keys seal values with AES-256-GCM for one owner and version.
+
+Three rings, each opened by the one outside it::
+
+    key-encryption keys   from the operator (keyring), never in the database
+      └── data keys       random, in table ``data_keys``, wrapped by the newest key-encryption key
+            └── values    envelopes in ``sealed_*`` columns
+
+A key is never used for two things: what wraps, seals, checks or authenticates is derived from it by HKDF-SHA256 (RFC 5869).
+An envelope is ``format (1) | length of key id (1) | key id | version (8) | nonce (12) | ciphertext | tag (16)``; the
+associated data binds format, owner, purpose, version and key id, each with its length in front, so that no two different
+sets of them have the same bytes. Nonces are random: seal at most 2^32 values under one data key, then rotate.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import hmac
+import os
+import re
+import secrets
+import stat
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import sqlalchemy as sa
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from sqlmodel import Session, select
+
+from broker.database import Database, now
+from broker.models import DataKey, KeyCheck, new_id
+from broker.settings import Settings, SettingsError
+from broker.vault import SecretUnreadable
+
+FORMAT = 1
+KEY_BYTES = 32
+NONCE_BYTES = 12
+TAG_BYTES = 16
+VERSION_BYTES = 8
+LARGEST_KEYRING_BYTES = 64 * 1024
+DATA_KEYS_LOCK = 0x4B455953  # "KEYS": one process at a time makes the first data key on PostgreSQL
+DEVELOPMENT_FILE = "keyring"
+EITHER = "BROKER_KEYRING or BROKER_KEYRING_FILE"
+_ENTRY = re.compile(r"([a-z0-9-]{1,32}):([A-Za-z0-9+/]{43}=)")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class KeyEncryptionKey:
+    """One key of the keyring: 32 bytes that cannot print themselves."""
+
+    id: str
+    key: bytes = field(repr=False)
+
+
+class Keyring:
+    """The operator's keys, newest first. ``repr`` shows ids only. Reading is safe while ``reload`` runs."""
+
+    __slots__ = ("_keys", "_read_again")
+
+    def __init__(
+        self, keys: Sequence[KeyEncryptionKey], read_again: Callable[[], tuple[KeyEncryptionKey, ...]] | None = None
+    ) -> None:
+        """Keep at least one key, newest first; ``read_again`` reads the source anew (None: it cannot change)."""
+        if not keys:
+            raise ValueError("a keyring needs a key")
+        self._keys = {key.id: key for key in keys}
+        self._read_again = read_again
+
+    @property
+    def newest(self) -> KeyEncryptionKey:
+        """The key that wraps new data keys."""
+        return next(iter(self._keys.values()))
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """Every key id, newest first."""
+        return tuple(self._keys)
+
+    def get(self, key_id: str) -> KeyEncryptionKey | None:
+        """Return the key of that id, None when the keyring lacks it."""
+        return self._keys.get(key_id)
+
+    def reload(self) -> bool:
+        """Read the file again and take its keys and their order; return whether anything changed.
+
+        Raises ``SettingsError`` when the file is refused or has another key under a known id: then nothing changes.
+        Blocks for a file read. A keyring from ``BROKER_KEYRING`` cannot change: False.
+        """
+        if self._read_again is None:
+            return False
+        keys = {key.id: key for key in self._read_again()}
+        for key_id in keys.keys() & self._keys.keys():
+            if not hmac.compare_digest(keys[key_id].key, self._keys[key_id].key):
+                raise SettingsError(f"BROKER_KEYRING_FILE: the key {key_id} changed; give a new key a new id")
+        changed = tuple(keys) != self.ids
+        self._keys = keys
+        return changed
+
+    def __repr__(self) -> str:
+        return f"Keyring({', '.join(self.ids)})"
+
+
+def parse_keys(text: str, *, setting: str) -> tuple[KeyEncryptionKey, ...]:
+    """Return the keys of ``id:base64,id:base64`` or one per line, newest first.
+
+    Ids are 1 to 32 of a-z, 0-9, ``-``; keys are 32 bytes in standard base64; neither may occur twice. Anything else raises
+    ``SettingsError`` with the ``setting``'s name and the entry's position, never with the text: it may be a misplaced key.
+    """
+    lines = [line for line in text.strip().splitlines() if line.strip()]
+    keys = tuple(
+        _parse_entry(entry.strip(), f"{setting}: entry {position}")
+        for position, entry in enumerate((entry for line in lines for entry in line.split(",")), start=1)
+    )
+    if not keys:
+        raise SettingsError(f"{setting} holds no key; write id:base64 with 32 bytes (openssl rand -base64 32)")
+    if len({key.id for key in keys}) < len(keys):
+        raise SettingsError(f"{setting}: two entries have the same id")
+    if len({key.key for key in keys}) < len(keys):
+        raise SettingsError(f"{setting}: two entries have the same key")
+    return keys
+
+
+def _parse_entry(entry: str, place: str) -> KeyEncryptionKey:
+    match = _ENTRY.fullmatch(entry)
+    if match is None:
+        raise SettingsError(f"{place} is not id:base64 with an id of 1 to 32 of a-z, 0-9, - and a key of 32 bytes")
+    key = base64.b64decode(match[2], validate=True)
+    if base64.b64encode(key).decode() != match[2]:
+        raise SettingsError(f"{place} ends in base64 bits that belong to no byte: is it cut or mistyped?")
+    return KeyEncryptionKey(match[1], key)
+
+
+def load_keyring(settings: Settings) -> Keyring:
+    """Return the keyring of ``BROKER_KEYRING`` or ``BROKER_KEYRING_FILE``; in development one is made in the data directory.
+
+    Raises ``SettingsError`` for a missing, unreadable or malformed keyring, and in production for a file that others may
+    read or the group may write (a Kubernetes secret needs ``defaultMode: 0440`` or stricter). The made file is 0600 and
+    complete from its first moment; of several processes that start at once one makes it and all read the same.
+    """
+    if settings.keyring is not None:
+        return Keyring(parse_keys(settings.keyring.reveal(), setting="BROKER_KEYRING"))
+    path = settings.keyring_file
+    if path is None:
+        if not settings.development:
+            raise SettingsError(f"{EITHER} is required in production")
+        path = settings.data_dir / DEVELOPMENT_FILE
+        _make_keyring_file(path)
+    read = partial(_read_keys, path, strict=not settings.development)
+    return Keyring(read(), read)
+
+
+def _make_keyring_file(path: Path) -> None:
+    """Write a fresh key beside ``path``, then link it there: nobody ever sees half a file, and the first one wins."""
+    if path.exists():
+        return
+    entry = f"dev-{secrets.token_hex(4)}:{base64.b64encode(secrets.token_bytes(KEY_BYTES)).decode()}\n"
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor, draft = tempfile.mkstemp(dir=path.parent, prefix=".keyring-")  # mode 0600
+        try:
+            with os.fdopen(descriptor, "w", encoding="ascii") as file:
+                file.write(entry)
+                file.flush()
+                os.fsync(file.fileno())
+            with contextlib.suppress(FileExistsError):  # another process was first: its keys count
+                os.link(draft, path)
+        finally:
+            Path(draft).unlink()
+    except OSError:
+        raise SettingsError("BROKER_DATA_DIR: the keyring cannot be written there; set BROKER_KEYRING_FILE") from None
+
+
+def _read_keys(path: Path, *, strict: bool) -> tuple[KeyEncryptionKey, ...]:
+    setting = "BROKER_KEYRING_FILE"
+    try:
+        if not path.is_file():  # a pipe would block, a directory cannot be read
+            raise SettingsError(f"{setting} is not a file")
+        with path.open("rb") as file:
+            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+            content = file.read(LARGEST_KEYRING_BYTES + 1)
+    except OSError:
+        raise SettingsError(f"{setting} cannot be read") from None
+    if strict and mode & 0o037:
+        raise SettingsError(f"{setting} is open to others: its mode is {mode:04o}, allowed are 0600, 0400 and 0440")
+    if len(content) > LARGEST_KEYRING_BYTES:
+        raise SettingsError(f"{setting} is larger than {LARGEST_KEYRING_BYTES} bytes")
+    return parse_keys(content.decode("utf-8", "replace"), setting=setting)
+
+
+def derive_key(root: bytes, purpose: str) -> bytes:
+    """Return 32 bytes for one purpose, by HKDF-SHA256 (RFC 5869) from at least 32 random bytes (else ValueError).
+
+    Two purposes give unrelated keys, and none says anything about the root. No purpose gives a key that this module uses.
+    """
+    return _derive(root, b"purpose", purpose)
+
+
+def _derive(root: bytes, area: bytes, purpose: str) -> bytes:
+    if len(root) < KEY_BYTES:
+        raise ValueError("a root key has at least 32 bytes")
+    info = _joined(b"credential-broker", area, _encoded(purpose))
+    return HKDF(algorithm=SHA256(), length=KEY_BYTES, salt=None, info=info).derive(root)
+
+
+def check_value(key: KeyEncryptionKey) -> str:
+    """Return what the database keeps to tell whether a replica has the same key: hex, one-way, bound to the id."""
+    return _derive(key.key, b"key check", key.id).hex()
+
+
+def wrap_data_key(key: KeyEncryptionKey, data_key_id: str, data_key: bytes) -> bytes:
+    """Return the data key sealed by a key-encryption key, bound to both ids: ``format | nonce | ciphertext | tag``."""
+    nonce = os.urandom(NONCE_BYTES)
+    bound = _joined(bytes([FORMAT]), _encoded(data_key_id), _encoded(key.id))
+    return bytes([FORMAT]) + nonce + AESGCM(_derive(key.key, b"wrap", "")).encrypt(nonce, data_key, bound)
+
+
+def unwrap_data_key(key: KeyEncryptionKey, data_key_id: str, wrapped: bytes) -> bytes:
+    """Return the data key; ``SecretUnreadable`` unless it was wrapped by exactly this key for exactly this id."""
+    if not isinstance(wrapped, bytes) or wrapped[:1] != bytes([FORMAT]):
+        raise SecretUnreadable("the data key does not open")
+    bound = _joined(bytes([FORMAT]), _encoded(data_key_id), _encoded(key.id))
+    nonce, ciphertext = wrapped[1 : 1 + NONCE_BYTES], wrapped[1 + NONCE_BYTES :]
+    if len(ciphertext) != KEY_BYTES + TAG_BYTES:
+        raise SecretUnreadable("the data key does not open")
+    try:
+        return AESGCM(_derive(key.key, b"wrap", "")).decrypt(nonce, ciphertext, bound)
+    except InvalidTag:
+        raise SecretUnreadable("the data key does not open") from None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _OpenedKey:
+    """A data key in memory, with its cipher kept: making one costs as much as sealing a kilobyte."""
+
+    root: bytes = field(repr=False)
+    cipher: AESGCM = field(repr=False)
+
+
+class Sealer:
+    """Seals and opens bytes under the data keys. Calls may run at once, also from several threads; nothing is awaited.
+
+    ``repr`` shows key ids only. Made by ``open_sealer``.
+    """
+
+    __slots__ = ("_current", "_keyring", "_keys")
+
+    def __init__(self, keyring: Keyring, data_keys: Mapping[str, bytes], current_key_id: str) -> None:
+        """Keep opened data keys by id; ``current_key_id`` (one of them, else ValueError) seals what is new."""
+        if current_key_id not in data_keys:
+            raise ValueError("the current data key is not among the opened ones")
+        self._keyring = keyring
+        self._keys = {key_id: _opened(root) for key_id, root in data_keys.items()}
+        self._current = current_key_id
+
+    @property
+    def current_key_id(self) -> str:
+        """The data key that seals what is new."""
+        return self._current
+
+    def seal(self, plaintext: bytes, *, owner: str, purpose: str, version: int) -> bytes:
+        """Return an envelope that opens for exactly this owner, purpose and version (0 to 2^63-1, else ValueError)."""
+        if not 0 <= version < 1 << 63:
+            raise ValueError("a version is between 0 and 2^63-1")
+        key_id = self._current
+        nonce = os.urandom(NONCE_BYTES)
+        bound = _bound(owner, purpose, version, key_id)
+        return _header(key_id, version) + nonce + self._keys[key_id].cipher.encrypt(nonce, plaintext, bound)
+
+    def open(self, sealed: bytes, *, owner: str, purpose: str, version: int) -> bytes:
+        """Return the plaintext; ``SecretUnreadable``, in one shape whatever is wrong, and never another exception.
+
+        A key id that is unknown here may be a new one of another replica: ``open_fresh`` loads it.
+        """
+        key_id, sealed_version, nonce, ciphertext = _parsed(sealed)
+        key = self._keys.get(key_id)
+        if key is None or sealed_version != version:
+            raise SecretUnreadable("the sealed value does not open")
+        try:
+            return key.cipher.decrypt(nonce, ciphertext, _bound(owner, purpose, sealed_version, key_id))
+        except InvalidTag:
+            raise SecretUnreadable("the sealed value does not open") from None
+
+    async def open_fresh(self, database: Database, sealed: bytes, *, owner: str, purpose: str, version: int) -> bytes:
+        """Do what ``open`` does, after one ``refresh`` when the envelope names a data key that is not loaded here.
+
+        Raises ``SecretUnreadable``, or ``DatabaseUnavailable`` when the refresh was needed and failed.
+        """
+        if not self.knows(sealed):
+            await self.refresh(database)
+        return self.open(sealed, owner=owner, purpose=purpose, version=version)
+
+    @staticmethod
+    def key_id_of(sealed: bytes) -> str:
+        """Return the data-key id that an envelope names, unverified; ``SecretUnreadable`` when it is no envelope."""
+        return _parsed(sealed)[0]
+
+    def knows(self, sealed: bytes) -> bool:
+        """Return whether the data key that the envelope names is loaded; True for what is no envelope at all."""
+        try:
+            return self.key_id_of(sealed) in self._keys
+        except SecretUnreadable:
+            return True
+
+    def purpose_key(self, purpose: str, *, key_id: str | None = None) -> bytes:
+        """Return ``derive_key`` of a data key (the current one for None): the same on every replica and after restarts.
+
+        Keep the key id beside what was made with it. Raises ``SecretUnreadable`` for an id that is not loaded.
+        """
+        key = self._keys.get(self._current if key_id is None else key_id)
+        if key is None:
+            raise SecretUnreadable("the data key is not known")
+        return derive_key(key.root, purpose)
+
+    async def refresh(self, database: Database) -> None:
+        """Load data keys that other replicas made since, and which one is current; read the keyring again if need be.
+
+        A data key that does not unwrap is left out: what it sealed stays unreadable, everything else goes on. Raises
+        ``DatabaseUnavailable``; known keys stay usable then. May run at once with every other call.
+        """
+        rows = await database.read(_data_key_rows)
+        fresh = [row for row in rows if row.id not in self._keys]
+        if any(self._keyring.get(row.wrapped_by) is None for row in fresh):
+            with contextlib.suppress(SettingsError):  # a broken file must not take away the keys that we have
+                await asyncio.to_thread(self._keyring.reload)
+        for row in fresh:
+            key = self._keyring.get(row.wrapped_by)
+            if key is not None:
+                with contextlib.suppress(SecretUnreadable):
+                    self._keys = {**self._keys, row.id: _opened(unwrap_data_key(key, row.id, row.wrapped))}
+        current = _current_id(row for row in rows if row.id in self._keys)
+        self._current = current or self._current
+
+    def __repr__(self) -> str:
+        return f"Sealer(current={self._current}, keys={len(self._keys)})"
+
+
+def _opened(root: bytes) -> _OpenedKey:
+    return _OpenedKey(root, AESGCM(_derive(root, b"seal", "")))
+
+
+def _encoded(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")  # every str has its own bytes, and none raises
+
+
+def _joined(*parts: bytes) -> bytes:
+    return b"".join(len(part).to_bytes(4, "big") + part for part in parts)
+
+
+def _bound(owner: str, purpose: str, version: int, key_id: str) -> bytes:
+    """Return the associated data of a value."""
+    number = version.to_bytes(VERSION_BYTES, "big")
+    return _joined(bytes([FORMAT]), _encoded(owner), _encoded(purpose), number, _encoded(key_id))
+
+
+def _header(key_id: str, version: int) -> bytes:
+    name = _encoded(key_id)
+    return bytes([FORMAT, len(name)]) + name + version.to_bytes(VERSION_BYTES, "big")
+
+
+def _parsed(sealed: bytes) -> tuple[str, int, bytes, bytes]:
+    """Return (key id, version, nonce, ciphertext with tag) of an envelope; nothing of it is verified yet."""
+    # SQLite gives back text where somebody wrote text, whatever the column's type is.
+    if not isinstance(sealed, bytes) or len(sealed) < 2 or sealed[0] != FORMAT:
+        raise SecretUnreadable("the sealed value does not open")
+    version_at = 2 + sealed[1]
+    nonce_at = version_at + VERSION_BYTES
+    ciphertext_at = nonce_at + NONCE_BYTES
+    if len(sealed) < ciphertext_at + TAG_BYTES:
+        raise SecretUnreadable("the sealed value does not open")
+    key_id = sealed[2:version_at].decode("utf-8", "replace")
+    version = int.from_bytes(sealed[version_at:nonce_at], "big")
+    return key_id, version, sealed[nonce_at:ciphertext_at], sealed[ciphertext_at:]
+
+
+async def open_sealer(database: Database, keyring: Keyring) -> Sealer:
+    """Check the keyring against the database, make the first data key if there is none, and open all of them.
+
+    Raises ``SettingsError`` with the key id when the keyring lacks a key that wraps a data key or has another one under its
+    id, or when a data key is damaged; then nothing was written. Keys that nothing uses are fine. Processes that start at
+    once end with the same current data key. Raises ``DatabaseUnavailable``.
+    """
+    data_keys, current = await database.transaction(lambda session: _ready_data_keys(session, keyring))
+    return Sealer(keyring, data_keys, current)
+
+
+def _ready_data_keys(session: Session, keyring: Keyring) -> tuple[dict[str, bytes], str]:
+    if session.get_bind().dialect.name == "postgresql":  # SQLite's write transactions run one at a time anyway
+        session.execute(sa.text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": DATA_KEYS_LOCK})
+    rows = _data_key_rows(session)
+    known_checks = {row.key_id: row.check_value for row in session.exec(select(KeyCheck))}
+    in_use = _wrapping_keys(keyring, rows)
+    _refuse_wrong_keys(keyring, known_checks)
+    data_keys = {row.id: _unwrapped(in_use[row.wrapped_by], row) for row in rows}
+    current = _current_id(rows)
+    if current is None:
+        current, data_keys[current] = _make_data_key(session, keyring.newest)
+    for key_id, key in {**in_use, keyring.newest.id: keyring.newest}.items():
+        if key_id not in known_checks:
+            session.add(KeyCheck(key_id=key_id, check_value=check_value(key), created_at=now(session)))
+    return data_keys, current
+
+
+def _data_key_rows(session: Session) -> list[DataKey]:
+    return list(session.exec(select(DataKey)))
+
+
+def _current_id(rows: Iterable[DataKey]) -> str | None:
+    """Return the newest data key that is marked as current; equal times are decided by the id, the same everywhere."""
+    marked = [(row.created_at, row.id) for row in rows if row.current]
+    return max(marked)[1] if marked else None
+
+
+def _wrapping_keys(keyring: Keyring, rows: Iterable[DataKey]) -> dict[str, KeyEncryptionKey]:
+    """Return the keys that wrap these data keys; ``SettingsError`` when the keyring lacks one."""
+    found = {row.wrapped_by: keyring.get(row.wrapped_by) for row in rows}
+    lacking = sorted(key_id for key_id, key in found.items() if key is None)
+    if lacking:
+        raise SettingsError(f"{EITHER} lacks the key {', '.join(lacking)}, which wraps data keys of the database")
+    return {key_id: key for key_id, key in found.items() if key is not None}
+
+
+def _refuse_wrong_keys(keyring: Keyring, known_checks: Mapping[str, str]) -> None:
+    for key_id, known in known_checks.items():
+        key = keyring.get(key_id)
+        if key is not None and not hmac.compare_digest(check_value(key).encode(), known.encode()):
+            raise SettingsError(f"{EITHER}: the key {key_id} is not the one that the database knows by this id")
+
+
+def _unwrapped(key: KeyEncryptionKey, row: DataKey) -> bytes:
+    try:
+        return unwrap_data_key(key, row.id, row.wrapped)
+    except SecretUnreadable:
+        raise SettingsError(
+            f"{EITHER}: the data key {row.id} does not open with the key {key.id}: "
+            "that key is another one, or the row is damaged"
+        ) from None
+
+
+def _make_data_key(session: Session, key: KeyEncryptionKey) -> tuple[str, bytes]:
+    data_key_id, data_key = new_id("dk"), secrets.token_bytes(KEY_BYTES)
+    wrapped = wrap_data_key(key, data_key_id, data_key)
+    session.add(DataKey(id=data_key_id, wrapped_by=key.id, wrapped=wrapped, current=True, created_at=now(session)))
+    return data_key_id, data_key

@@ -1,0 +1,153 @@
+"""The embedded vault: every version of a secret is one sealed row of the broker's own database."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.exc import IntegrityError
+from sqlmodel import Session, col
+
+from broker.database import Database, now
+from broker.errors import DatabaseUnavailable, SecretStoreUnavailable
+from broker.models import SealedSecret
+from broker.vault import SecretNotFound, SecretUnreadable, VaultConflict
+from broker.vault.keyring import Sealer
+
+PURPOSE = "secret"
+KEPT_VERSIONS = 3
+OWNER_LOCKS = 0x56415554  # "VAUT": the first half of the advisory locks on PostgreSQL, the owner's hash is the second
+
+
+@dataclass(frozen=True, slots=True)
+class SealedRows:
+    """``Vault`` over the table ``sealed_secrets``; keeps exactly the newest three versions of an owner.
+
+    A row opens only for its own owner and version: one that was moved, renumbered or damaged is ``SecretUnreadable`` and
+    harms no other. What a vault cannot see by itself is a *missing* newest version: so whoever depends on the newest names
+    the version that it expects (``Connection.secret_version``). After ``destroy`` an owner would begin at version 1 again,
+    and an old ciphertext of its version 1, put back by somebody who can write to the database, would open: therefore an
+    owner is never used again. Owners end in a random id, which makes it so.
+
+    Every method raises ``SecretStoreUnavailable`` when the database fails. Calls may run at once, in many processes.
+    """
+
+    database: Database
+    sealer: Sealer
+
+    async def put(self, owner: str, value: Mapping[str, Any], *, expected_version: int) -> int:
+        """See ``Vault``. Writing and dropping versions that are too old is one transaction.
+
+        Raises ValueError or TypeError, before anything is written, for what is no JSON (NaN and infinities too).
+        """
+        row = self._sealed_row(owner, value, expected_version + 1)
+        with _store_errors():
+            try:
+                await self.database.transaction(lambda session: _append(session, row, expected_version))
+            except IntegrityError:  # somebody who took no lock was first: the primary key decides
+                raise VaultConflict(await self.database.read(lambda session: _newest(session, owner))) from None
+        return expected_version + 1
+
+    def _sealed_row(self, owner: str, value: Mapping[str, Any], version: int) -> dict[str, Any]:
+        plaintext = json.dumps(dict(value), sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
+        sealed = self.sealer.seal(plaintext, owner=owner, purpose=PURPOSE, version=version)
+        return {"owner": owner, "version": version, "key_id": self.sealer.key_id_of(sealed), "sealed": sealed}
+
+    async def get(self, owner: str, version: int | None = None) -> tuple[int, dict[str, Any]]:
+        """See ``Vault``. A data key that another replica made is loaded on the way."""
+        with _store_errors():
+            found = await self.database.read(lambda session: _find(session, owner, version))
+            if found is None:
+                raise SecretNotFound("there is no such version")
+            plaintext = await self.sealer.open_fresh(
+                self.database, found[1], owner=owner, purpose=PURPOSE, version=found[0]
+            )
+        return found[0], _object(plaintext)
+
+    async def destroy(self, owner: str) -> None:
+        """See ``Vault``. A ``put`` that runs at the same time comes wholly before it, or after it."""
+        with _store_errors():
+            await self.database.transaction(lambda session: _delete(session, owner))
+
+    async def owners(self, prefix: str) -> list[tuple[str, float]]:
+        """See ``Vault``. In the order of the owners; the prefix is compared exactly, nothing in it is a wildcard."""
+        with _store_errors():
+            return await self.database.read(lambda session: _below(session, prefix))
+
+
+@contextlib.contextmanager
+def _store_errors() -> Iterator[None]:
+    try:
+        yield
+    except DatabaseUnavailable as error:
+        raise SecretStoreUnavailable from error
+
+
+def _object(plaintext: bytes) -> dict[str, Any]:
+    value = json.loads(plaintext)
+    if not isinstance(value, dict):
+        raise SecretUnreadable("the sealed value holds no object")
+    return value
+
+
+def _lock(session: Session, owner: str) -> None:
+    """Let one writer at a time at an owner; SQLite's write transactions run one at a time anyway.
+
+    Without it a destroy would not see the version that a put is just adding, and leave it behind.
+    """
+    if session.get_bind().dialect.name == "postgresql":
+        place = int.from_bytes(hashlib.sha256(owner.encode()).digest()[:4], "big", signed=True)
+        session.execute(sa.text("SELECT pg_advisory_xact_lock(:area, :place)"), {"area": OWNER_LOCKS, "place": place})
+
+
+def _newest(session: Session, owner: str) -> int:
+    newest = sa.select(sa.func.max(col(SealedSecret.version))).where(col(SealedSecret.owner) == owner)
+    return session.execute(newest).scalar() or 0
+
+
+def _append(session: Session, row: Mapping[str, Any], expected_version: int) -> None:
+    _lock(session, row["owner"])
+    current = _newest(session, row["owner"])
+    if current != expected_version:
+        raise VaultConflict(current)
+    session.execute(sa.insert(SealedSecret).values(**row, created_at=now(session)))
+    session.execute(
+        sa.delete(SealedSecret).where(
+            col(SealedSecret.owner) == row["owner"], col(SealedSecret.version) <= row["version"] - KEPT_VERSIONS
+        )
+    )
+
+
+def _find(session: Session, owner: str, version: int | None) -> tuple[int, bytes] | None:
+    wanted = (
+        sa.select(col(SealedSecret.version), col(SealedSecret.sealed))
+        .where(col(SealedSecret.owner) == owner)
+        .order_by(col(SealedSecret.version).desc())
+        .limit(1)
+    )
+    if version is not None:
+        wanted = wanted.where(col(SealedSecret.version) == version)
+    found = session.execute(wanted).first()
+    return None if found is None else (found.version, found.sealed)
+
+
+def _delete(session: Session, owner: str) -> None:
+    _lock(session, owner)
+    session.execute(sa.delete(SealedSecret).where(col(SealedSecret.owner) == owner))
+
+
+def _below(session: Session, prefix: str) -> list[tuple[str, float]]:
+    owner = col(SealedSecret.owner)
+    # substr, not LIKE: no wildcards to escape, and SQLite's LIKE takes a for A.
+    rows = session.execute(
+        sa.select(owner, sa.func.max(col(SealedSecret.created_at)))
+        .where(sa.func.substr(owner, 1, len(prefix)) == prefix)
+        .group_by(owner)
+        .order_by(owner)
+    )
+    return [(name, newest_at) for name, newest_at in rows]
