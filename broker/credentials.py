@@ -544,6 +544,7 @@ class Credentials:
             refresh_token=Secret(refresh) if refresh is not None else None,
             urls=configured.endpoints.urls,
             hosts=configured.endpoints.hosts,
+            client_auth=configured.endpoints.client_auth,
         )
 
     async def _shared(self, row: Connection, *, project: bool) -> bool:

@@ -14,22 +14,22 @@ import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
-from dotenv import dotenv_values
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    SecretStr,
-    ValidationError,
-    field_validator,
-    model_validator,
+from dotenv.parser import parse_stream
+from pydantic import BeforeValidator, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
 )
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 RouteGroup = Literal["public", "private", "admin"]
+PREFIX = "BROKER_"
 
 
 class SettingsError(Exception):
@@ -48,20 +48,33 @@ def _split(value: object) -> object:
     return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
 
-CommaList = Annotated[tuple[str, ...], BeforeValidator(_split)]
-Networks = Annotated[tuple[Network, ...], BeforeValidator(_split)]
-Groups = Annotated[tuple[RouteGroup, ...], BeforeValidator(_split)]
+def _networks(value: object) -> object:
+    parts = _split(value)
+    try:
+        return tuple(map(ipaddress.ip_network, parts)) if isinstance(parts, list | tuple) else parts
+    except (ValueError, TypeError):
+        raise ValueError("each must be a network such as 10.0.0.0/8, without host bits") from None  # quotes no value
 
 
-class Settings(BaseModel):
-    """What the contract's table of settings says; every field is ``BROKER_<NAME>`` in the environment."""
+CommaList = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
+Networks = Annotated[tuple[Network, ...], NoDecode, BeforeValidator(_networks)]
+Groups = Annotated[tuple[RouteGroup, ...], NoDecode, BeforeValidator(_split)]
 
-    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+class Settings(BaseSettings):
+    """What the contract's table of settings says; every field is ``BROKER_<NAME>`` in the environment.
+
+    ``Settings(…)`` itself reads nothing from outside: ``load_settings`` does.
+    """
+
+    model_config = SettingsConfigDict(
+        frozen=True, extra="forbid", hide_input_in_errors=True, env_prefix=PREFIX, env_ignore_empty=True
+    )
 
     env: Literal["production", "development"] = "production"
     public_url: str = "http://127.0.0.1:8000"
     data_dir: Path = Path("broker-data")
-    database_url: str = ""
+    database_url: Annotated[str, Field(repr=False)] = ""
     routes: Groups = ("public", "private", "admin")
     vault: Literal["local"] = "local"
     keyring: Secret | None = None
@@ -78,6 +91,18 @@ class Settings(BaseModel):
     admin_key: Secret | None = None
     integrations_file: Path | None = None
     provider_credentials: Mapping[str, str] = Field(default_factory=dict, repr=False, exclude=True)
+
+    @classmethod
+    def settings_customise_sources(  # the framework's signature
+        cls,
+        settings_cls: type[BaseSettings],  # noqa: ARG003
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Only what was passed counts (see ``load_settings``)."""
+        return (init_settings,)
 
     @property
     def development(self) -> bool:
@@ -100,14 +125,8 @@ class Settings(BaseModel):
     @field_validator("public_url")
     @classmethod
     def _bare_origin(cls, value: str) -> str:
-        parts = urlsplit(value)
-        if (
-            parts.scheme not in {"http", "https"}
-            or not parts.hostname
-            or parts.username
-            or parts.query
-            or parts.fragment
-        ):
+        parts = _url_parts(value)
+        if parts is None:
             message = "must be an http(s) URL without credentials, query or fragment"
             raise ValueError(message)
         if parts.path not in {"", "/"}:
@@ -138,12 +157,9 @@ class Settings(BaseModel):
     @field_validator("egress_resolve")
     @classmethod
     def _resolve_entries(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for entry in value:
-            host, port, address = (*entry.split(":", 2), "", "")[:3]
-            if not host or not port.isdecimal():
-                message = "each must be host:port:address"
-                raise ValueError(message)
-            ipaddress.ip_address(address.strip("[]"))
+        if not all(map(_is_resolve_entry, value)):
+            message = "each must be host:port:address"
+            raise ValueError(message)
         return value
 
     @model_validator(mode="after")
@@ -165,9 +181,30 @@ class Settings(BaseModel):
         return self
 
 
+def _url_parts(value: str) -> SplitResult | None:
+    """Return the parts of a plain http(s) URL, None for anything else; never raises (the texts would quote the value)."""
+    try:
+        parts = urlsplit(value)
+        plain = parts.scheme in {"http", "https"} and parts.hostname and parts.port != 0
+    except ValueError:
+        return None
+    if not plain or "@" in parts.netloc or set(value) & set("?#\\") or any(not "!" <= one <= "~" for one in value):
+        return None
+    return parts
+
+
+def _is_resolve_entry(entry: str) -> bool:
+    host, port, address = (*entry.split(":", 2), "", "")[:3]
+    try:
+        ipaddress.ip_address(address.removeprefix("[").removesuffix("]"))
+        return bool(host) and 0 < int(port) < 65536
+    except ValueError:
+        return False
+
+
 def _return_to_problems(entry: str, *, development: bool) -> list[str]:
-    parts = urlsplit(entry)
-    if parts.scheme not in {"https", "http"} or not parts.hostname or parts.username or parts.query or parts.fragment:
+    parts = _url_parts(entry)
+    if parts is None:
         return [
             "BROKER_RETURN_TO and BROKER_DEFAULT_RETURN_TO take http(s) URLs without credentials, query or fragment"
         ]
@@ -176,58 +213,87 @@ def _return_to_problems(entry: str, *, development: bool) -> list[str]:
     return []
 
 
+class _Variables(EnvSettingsSource):
+    """The environment source over a mapping that is passed in: nothing here looks at ``os.environ`` by itself."""
+
+    def __init__(self, variables: Mapping[str, str]) -> None:
+        self._variables = variables
+        super().__init__(Settings)
+
+    def _load_env_vars(self) -> Mapping[str, str | None]:
+        return {name.lower(): value for name, value in self._variables.items() if value != ""}
+
+
 def load_settings(
     environ: Mapping[str, str] | None = None, *, directory: Path | None = None, **overrides: object
 ) -> Settings:
-    """Read and check all settings (``SettingsError`` names each wrong one). ``overrides`` win over every source."""
-    environ = os.environ if environ is None else environ
+    """Read and check all settings (``SettingsError`` names each wrong one). ``overrides`` win over every source.
+
+    ``environ`` stands in for the process's environment, ``directory`` for the working directory. An empty variable counts
+    as absent. Values are taken as they stand: ``.env`` does not expand ``${…}``.
+    """
     directory = directory or Path.cwd()
-    raw: dict[str, Any] = {}
-    raw.update(_toml(directory / "broker.toml"))
-    dotenv = {name: value for name, value in dotenv_values(directory / ".env").items() if value is not None}
-    merged = {**dotenv, **environ}
-    raw.update(
-        {name[7:].lower(): value for name, value in merged.items() if name.startswith("BROKER_") and value != ""}
-    )
-    raw.update(overrides)
-    _refuse_unknown(raw)
+    in_file = _toml(directory / "broker.toml")
+    variables = {**_dotenv(directory / ".env"), **(os.environ if environ is None else environ)}
+    ours = {name: value for name, value in variables.items() if name.startswith(PREFIX) and value != ""}
+    known = {f"{PREFIX}{name.upper()}": name for name in Settings.model_fields if name != "provider_credentials"}
+    _refuse_unknown([*ours, *(f"{PREFIX}{name.upper()}" for name in (*in_file, *overrides))], known)
+    merged = {**in_file, **_Variables(ours)(), **overrides}
     try:
-        return Settings(**raw, provider_credentials=_client_credentials(merged))
+        return Settings(**merged, provider_credentials=_client_credentials(variables))
     except ValidationError as error:
-        raise SettingsError(_readable(error)) from None
+        failure = SettingsError(_readable(error))
+    raise failure
 
 
 def _toml(path: Path) -> dict[str, Any]:
+    try:
+        return TomlConfigSettingsSource(Settings, path).toml_data
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError):
+        failure = SettingsError(f"{path.name} is not valid TOML")
+    except OSError:
+        failure = SettingsError(f"{path.name} cannot be read")
+    raise failure
+
+
+def _dotenv(path: Path) -> dict[str, str]:
+    """Read ``NAME=value`` lines; one that is neither that nor a comment is refused, not skipped."""
     if not path.is_file():
         return {}
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError:
-        message = f"{path.name} is not valid TOML"
-        raise SettingsError(message) from None
+        with path.open(encoding="utf-8") as lines:
+            bindings = list(parse_stream(lines))
+    except (OSError, UnicodeDecodeError):
+        bindings = None
+    if bindings is None:
+        raise SettingsError(f"{path.name} cannot be read as UTF-8 text")
+    for binding in bindings:
+        if binding.error or (binding.key is not None and binding.value is None):
+            raise SettingsError(f"{path.name}, line {binding.original.line}: not NAME=value")
+    return {binding.key: binding.value for binding in bindings if binding.key is not None and binding.value is not None}
 
 
-def _client_credentials(merged: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in merged.items() if name.endswith(("_CLIENT_ID", "_CLIENT_SECRET")) and value}
+def _client_credentials(variables: Mapping[str, str]) -> dict[str, str]:
+    return {
+        name: value for name, value in variables.items() if name.endswith(("_CLIENT_ID", "_CLIENT_SECRET")) and value
+    }
 
 
-def _refuse_unknown(raw: Mapping[str, Any]) -> None:
-    known = [name for name in Settings.model_fields if name != "provider_credentials"]
-    unknown = [name for name in raw if name not in known]
-    if unknown:
-        hints = []
-        for name in unknown:
-            close = difflib.get_close_matches(name, known, n=1)
-            hints.append(
-                f"BROKER_{name.upper()} is not a setting"
-                + (f", did you mean BROKER_{close[0].upper()}?" if close else "")
-            )
+def _refuse_unknown(names: list[str], known: Mapping[str, str]) -> None:
+    hints = []
+    for name in sorted({*names} - {*known}):
+        close = difflib.get_close_matches(name.upper(), known, n=1)
+        hint = f", did you mean {close[0]}?" if close else ""
+        if name.startswith(("BROKER_SERVICE_", "BROKER_PORT")):
+            hint = " (Kubernetes sets it for a service named broker: turn enableServiceLinks off)"
+        hints.append(f"{name} is not a setting{hint}")
+    if hints:
         raise SettingsError("; ".join(hints))
 
 
 def _readable(error: ValidationError) -> str:
     lines = []
-    for item in error.errors(include_input=False, include_url=False):
-        name = f"BROKER_{str(item['loc'][0]).upper()}: " if item["loc"] else ""
+    for item in error.errors(include_input=False, include_url=False, include_context=False):
+        name = f"{PREFIX}{str(item['loc'][0]).upper()}: " if item["loc"] else ""
         lines.append(name + item["msg"].removeprefix("Value error, "))
-    return "; ".join(lines)
+    return "; ".join(dict.fromkeys(lines))

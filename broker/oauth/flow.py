@@ -575,6 +575,7 @@ def _credential(flow: Flow, configured: Configured, answer: TokenAnswer) -> Cred
         refresh_token=answer.refresh_token,
         urls=configured.endpoints.urls,
         hosts=configured.endpoints.hosts,
+        client_auth=configured.endpoints.client_auth,
     )
 
 

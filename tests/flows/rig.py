@@ -149,7 +149,12 @@ class Rig:
         return str(answer.headers["location"])
 
     async def flow(
-        self, browser: Browser | None = None, *, session: str | None = None, return_to: str | None = APP, user: str = "ada"
+        self,
+        browser: Browser | None = None,
+        *,
+        session: str | None = None,
+        return_to: str | None = APP,
+        user: str = "ada",
     ) -> dict[str, str]:
         """Run start, consent and callback; return the parameters that came back to the app."""
         browser = browser or self.browser()
@@ -177,9 +182,7 @@ class Rig:
     async def whoami(self, access_token: str) -> httpx2.Response:
         """Call the provider's API with a token."""
         async with httpx2.AsyncClient(trust_env=False) as http:
-            return await http.get(
-                f"{self.sandbox.issuer}/api/me", headers={"Authorization": f"Bearer {access_token}"}
-            )
+            return await http.get(f"{self.sandbox.issuer}/api/me", headers={"Authorization": f"Bearer {access_token}"})
 
 
 def landed(answer: httpx2.Response) -> dict[str, str]:
@@ -197,7 +200,12 @@ async def eventually(check: Callable[[], Any], *, seconds: float = 10.0) -> Any:
 
 @asynccontextmanager
 async def open_rig(
-    data_dir: Path, *, database_url: str = "", worker: bool = False, options: SandboxOptions | None = None, **overrides: Any
+    data_dir: Path,
+    *,
+    database_url: str = "",
+    worker: bool = False,
+    options: SandboxOptions | None = None,
+    **overrides: Any,
 ) -> AsyncIterator[Rig]:
     """Start the sandbox and a broker; the integration ``sandbox`` is configured."""
     async with contextlib.AsyncExitStack() as stack:
