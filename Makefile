@@ -74,7 +74,7 @@ bench: dev-environment
 	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script; done
 
 crash: dev-environment
-	BROKER_TEST_LONG=1 $(PYTEST) --timeout 7200 tests/crash $(TEST)
+	TEST_LONG=1 $(PYTEST) --timeout 7200 tests/crash $(TEST)
 
 fresh-check:
 	@$(PYTHON) .ci/fresh_check.py $(FRESH)

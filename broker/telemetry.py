@@ -1,124 +1,350 @@
-"""Logs and metrics: what operators see, with a last line of defence so that secrets cannot pass."""
+"""Logs and metrics through which no secret passes: the last line of defence, after types that cannot print themselves.
+
+A log line is made of an event's name and fields. Before it is written, fields named like a secret are replaced, text is
+searched for what looks like a credential, objects that are not plain data show only their type, and an exception shows
+its type and where it was raised but not its text, which any library may have filled with anything. Only errors whose
+text is ours say it. Libraries that log through the standard ``logging`` module take the same way out.
+"""
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 import sys
-from collections.abc import Mapping
+import threading
+import traceback
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
-from typing import Any
+from datetime import date
+from enum import Enum
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+from pathlib import PurePath
+from types import TracebackType
+from typing import Any, TextIO, cast
+from uuid import UUID
 
 import structlog
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
+from structlog.types import EventDict, Processor, WrappedLogger
 
-from broker.settings import Settings
-from providers.spec import Secret
+from broker.errors import BrokerError, all_codes
+from broker.settings import Secret, Settings, SettingsError
+from providers.spec import ProviderAnswerError
+from providers.spec import Secret as ProviderSecret
 
 HIDDEN = "[hidden]"
-SECRET_NAME = re.compile(
-    r"(?i)(^|[_.-])(token|secret|password|passphrase|authorization|cookie|code|verifier|state|key|credentials?)$"
+LONGEST_TEXT = 2_000
+DEEPEST = 6
+SAFE_ERRORS = (BrokerError, SettingsError, ProviderAnswerError)  # their texts are written by us and quote nothing
+TRUSTED_LOGGERS = ("uvicorn.error", "alembic.runtime.migration")  # their text arguments are addresses and revisions
+QUIET_LOGGERS = ("httpx2", "httpcore2", "httpx", "httpcore", "sqlalchemy", "asyncio")  # the clients log whole URLs
+
+SECRET_WORDS = frozenset(
+    "assertion authorization bearer code codes cookie cookies credential credentials jwt key keyring keys password "
+    "passwords secret secrets state token tokens verifier".split()
 )
-SAFE_NAMES = frozenset({"code"})  # our own stable error codes are logged under this name
-SECRET_VALUE = re.compile(
-    r"brk_[A-Za-z0-9]{8,}_?[A-Za-z0-9]*|bst_[a-z0-9]{26}_[A-Za-z0-9_-]+|gh[pousr]_[A-Za-z0-9._-]{16,}"
-    r"|github_pat_[A-Za-z0-9_]{16,}|eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_.-]+|(?i:bearer|basic)\s+[A-Za-z0-9._~+/=-]{8,}"
-)
-
-
-def hide_secrets(_logger: object, _method: str, event: Mapping[str, Any]) -> dict[str, Any]:
-    """Replace what a secret's name or shape gives away, at any depth (a structlog processor)."""
-    return {name: _hidden(name, value) for name, value in event.items()}
-
-
-def _hidden(name: str, value: Any) -> Any:  # noqa: ANN401 - log values are any shape
-    if isinstance(value, Secret):
-        return HIDDEN
-    if isinstance(value, str):
-        if SECRET_NAME.search(name) and name not in SAFE_NAMES:
-            return HIDDEN
-        return SECRET_VALUE.sub(HIDDEN, value)
-    if isinstance(value, Mapping):
-        return {key: _hidden(str(key), inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_hidden(name, inner) for inner in value]
-    return value
-
-
-def configure_logging(settings: Settings, *, quiet: bool = False) -> None:
-    """Send our log and the libraries' to standard error: JSON in production, for people in development.
-
-    ``quiet`` shows only warnings, for the command line. The HTTP client's and server's own lines hold URLs with queries and
-    are switched off.
-    """
-    render_line: Any = (
-        structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
-        if settings.development
-        else structlog.processors.JSONRenderer()
+CARRIER_WORDS = frozenset({"bytes", "header", "plain", "raw", "text", "value"})  # "token_value" is a token too
+_WORD = re.compile(r"[A-Z]?[a-z0-9]+|[A-Z0-9]+(?![a-z])")
+_CREDENTIAL = re.compile(
+    r"""
+    (?P<start>
+        (?i:\b(?:bearer|basic)\s+)                          # an Authorization header, wherever it is quoted
+      | (?i:[?&\#](?:code|state|session|confirm|\w*token|\w*secret|\w*verifier|\w*assertion|\w*key|password)=)
+      | (?i:\b\w*(?:token|secret|password|passwd|verifier|cookie|authorization|api_key)["']?\s*[=:]\s*["']?)
+      | ://(?=[^/\s@]*@)                                    # user and password in a URL
     )
-    shared: list[Any] = [
+    [^\s"'&,;<>@{}]+
+    | \bbrk_[A-Za-z0-9]+_[A-Za-z0-9]+                       # our caller keys
+    | \bgh[a-z]_[A-Za-z0-9]{10,} | \bgithub_pat_\w+         # prefixes that code hosts and others chose to be found by
+    | \bxox[a-z]-[\w-]+ | \b[rs]k_(?:live|test)_\w+ | \bwhsec_[\w+/=]+ | \bGOCSPX-[\w-]+ | \bAKIA[0-9A-Z]{12,}
+    | \bya29\.[\w.-]+ | \b1//[\w-]{10,}
+    | \beyJ[\w-]*\.[\w-]*(?:\.[\w-]*)*                      # JWS and JWE
+    | -----BEGIN[ A-Z]*PRIVATE\ KEY-----.*
+    """,
+    re.VERBOSE | re.DOTALL,
+)
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
+
+
+# Hiding
+
+
+def masked(text: str) -> str:
+    """Return ``text`` on one line, cut to a sane length, with everything that looks like a credential replaced."""
+    shown = _CREDENTIAL.sub(lambda found: (found["start"] or "") + HIDDEN, text[: LONGEST_TEXT * 2])
+    return _CONTROL.sub(" ", shown)[:LONGEST_TEXT]
+
+
+@functools.lru_cache(maxsize=1024)
+def _names_a_secret(name: str) -> bool:
+    """Whether the name's last word says that it holds a secret: ``access_token`` does, ``key_id`` does not."""
+    words = [word.lower() for word in _WORD.findall(name)]
+    while len(words) > 1 and words[-1] in CARRIER_WORDS:
+        words.pop()
+    return bool(words) and words[-1] in SECRET_WORDS
+
+
+@functools.cache
+def _error_codes() -> frozenset[str]:
+    return all_codes()
+
+
+def _shown_field(name: object, value: object, depth: int) -> Any:  # noqa: ANN401 - JSON data
+    if not _names_a_secret(str(name)) or value is None or isinstance(value, bool):
+        return shown(value, depth)
+    is_error_code = name == "code" and isinstance(value, str) and value in _error_codes()
+    return value if is_error_code else HIDDEN
+
+
+def shown(value: object, depth: int = 0) -> Any:  # noqa: ANN401, PLR0911 - JSON data; one line a kind
+    """Return ``value`` as JSON data in which secrets are hidden and unknown objects are only named."""
+    if value is None or isinstance(value, bool | int | float) and not isinstance(value, Enum):
+        return value
+    if isinstance(value, Secret | ProviderSecret):
+        return "Secret(…)"
+    if isinstance(value, str):
+        return masked(value)
+    if isinstance(value, BaseException):
+        return _said(value)
+    if depth >= DEEPEST:
+        return "…"
+    if isinstance(value, Mapping):
+        return {masked(str(key)): _shown_field(key, item, depth + 1) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [shown(item, depth + 1) for item in value]
+    if isinstance(value, Enum | PurePath | date | UUID | IPv4Address | IPv6Address | IPv4Network | IPv6Network):
+        return masked(str(value))
+    return f"<{type(value).__name__}>"
+
+
+def _said(error: BaseException) -> str:
+    """Return an exception's type, and its text only where the text is ours."""
+    name = type(error).__qualname__
+    safe = isinstance(error, SAFE_ERRORS) or getattr(type(error), "safe_to_log", False)
+    return f"{name}: {masked(str(error))}" if safe else name
+
+
+# The processors of a log line
+
+
+def _hide(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    """Structlog's processor: the last one that sees the line before it becomes text."""
+    return {masked(str(name)): _shown_field(name, value, 0) for name, value in event.items()}
+
+
+def _tell_exception(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    """Replace ``exc_info`` by ``exception``: for each error of the chain what it may say, and the places it passed."""
+    found = event.pop("exc_info", None)
+    error = sys.exc_info()[1] if found is True else found[1] if isinstance(found, tuple) else found
+    if isinstance(error, BaseException):
+        event["exception"] = _chain(error)
+    event.pop("stack_info", None)
+    return event
+
+
+def _chain(error: BaseException) -> list[str]:
+    lines: list[str] = []
+    seen: set[int] = set()
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen and len(seen) < DEEPEST:
+        seen.add(id(current))
+        lines += [_said(current), *_places(current.__traceback__)]
+        if isinstance(current, BaseExceptionGroup):
+            lines += [f"  of which {_said(one)}" for one in current.exceptions[:DEEPEST]]
+        current = current.__cause__ or (None if current.__suppress_context__ else current.__context__)
+    return lines
+
+
+def _places(frames: TracebackType | None) -> list[str]:
+    """File, line and function; not the line's code, which may hold a literal, and no variables."""
+    return [f"  {PurePath(one.filename).name}:{one.lineno} {one.name}" for one in traceback.extract_tb(frames)]
+
+
+def _tell_foreign(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    """Rebuild a standard-library message from its template: of foreign arguments only numbers are believed.
+
+    Further lines are dropped: asyncio puts the ``repr`` of exceptions there.
+    """
+    record = cast("logging.LogRecord", event["_record"])
+    trusted = record.name in TRUSTED_LOGGERS
+    template = str(record.msg) if isinstance(record.msg, str) or trusted else f"<{type(record.msg).__name__}>"
+    lines = _filled(template, record.args, trusted=trusted).strip().splitlines()
+    return {**event, "event": lines[0] if lines else "", "logger": record.name}
+
+
+def _filled(template: str, arguments: Any, *, trusted: bool) -> str:  # noqa: ANN401 - whatever was logged
+    def believed(value: object) -> object:
+        return value if trusted or (isinstance(value, int | float) and not isinstance(value, Enum)) else "…"
+
+    try:
+        if isinstance(arguments, Mapping):
+            return template % {name: believed(value) for name, value in arguments.items()}
+        return template % tuple(map(believed, arguments)) if arguments else template
+    except (TypeError, ValueError, KeyError):
+        return template
+
+
+def _one_text(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    """Join the exception's lines, for the console."""
+    if isinstance(lines := event.get("exception"), list):
+        event["exception"] = "\n".join(map(str, lines))
+    return event
+
+
+# Where lines go
+
+
+class _Lines:
+    """Writes whole lines; a closed or broken stream must not fail a request."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._lock = threading.Lock()
+
+    def msg(self, line: str) -> None:
+        try:
+            with self._lock:
+                self._stream.write(line + "\n")
+                self._stream.flush()
+        except (OSError, ValueError):
+            return
+
+    debug = info = warning = warn = error = critical = exception = fatal = log = msg
+
+
+class _Handler(logging.Handler):
+    """Takes what other libraries log to the same lines; what cannot be formatted is dropped, not printed."""
+
+    def __init__(self, lines: _Lines, formatter: logging.Formatter) -> None:
+        super().__init__()
+        self._lines = lines
+        self.setFormatter(formatter)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._lines.msg(self.format(record))
+        except Exception:  # noqa: BLE001 - the base class would print the arguments
+            self._lines.msg('{"event": "log.unprintable", "level": "error"}')
+
+
+def configure_logging(settings: Settings, *, quiet: bool = False, stream: TextIO | None = None) -> None:
+    """Set up logging for this process: JSON lines in production, readable ones in development, on standard error.
+
+    ``quiet`` leaves out what is below a warning (commands). May be called again; the last call counts.
+    """
+    lines = _Lines(stream or sys.stderr)
+    level = logging.WARNING if quiet else logging.INFO
+    first: list[Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
-        structlog.processors.TimeStamper(fmt="iso", utc=True),
-        structlog.processors.format_exc_info,
-        hide_secrets,
+        structlog.processors.TimeStamper(fmt="iso", utc=True, key="at"),
     ]
-    level = logging.WARNING if quiet else logging.INFO
+    last: list[Processor] = [_tell_exception, _hide, *_renderers(settings, stream or sys.stderr)]
     structlog.configure(
-        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        processors=[*first, *last],
         wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.stdlib.LoggerFactory(),
+        logger_factory=lambda *_: lines,
+        cache_logger_on_first_use=False,
     )
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(
-        structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=shared,
-            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, hide_secrets, render_line],
-        )
+    _route_standard_library(lines, [*first, _tell_foreign], last, level)
+
+
+def _renderers(settings: Settings, stream: TextIO) -> list[Processor]:
+    if not settings.development:
+        return [structlog.processors.JSONRenderer(ensure_ascii=False)]
+    return [
+        structlog.processors.EventRenamer("event"),
+        _one_text,
+        structlog.dev.ConsoleRenderer(
+            colors=stream.isatty(), timestamp_key="at", exception_formatter=structlog.dev.plain_traceback
+        ),
+    ]
+
+
+def _route_standard_library(lines: _Lines, first: list[Processor], last: list[Processor], level: int) -> None:
+    formatter = structlog.stdlib.ProcessorFormatter(
+        foreign_pre_chain=first,
+        processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *last],
+        keep_exc_info=True,
+        keep_stack_info=False,
     )
     root = logging.getLogger()
-    root.handlers, root.level = [handler], level
-    for name in ("uvicorn.access", "httpx2", "httpcore2", "httpx", "httpcore", "sqlalchemy.engine", "alembic"):
+    root.handlers = [one for one in root.handlers if type(one) not in {_Handler, logging.StreamHandler}]
+    root.addHandler(_Handler(lines, formatter))
+    root.setLevel(level)
+    for name in QUIET_LOGGERS:
         logging.getLogger(name).setLevel(logging.WARNING)
+    for name in ("uvicorn", "uvicorn.error", "uvicorn.access"):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [], True
+    logging.getLogger("uvicorn.access").setLevel(logging.CRITICAL)  # its lines hold the query; ours do not
+
+
+# Metrics
+
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+BUCKETS_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
 
 @dataclass(frozen=True, slots=True)
 class Metrics:
-    """Every metric; labels are bounded: route templates, provider names, our own outcome words."""
+    """What this process counts. Labels come from closed sets (templates, catalog names, our codes), never from input."""
 
     registry: CollectorRegistry
-    requests: Counter
-    request_seconds: Histogram
+    http_requests: Counter
+    http_seconds: Histogram
     refreshes: Counter
     handouts: Counter
+    audit_failures: Counter
+    flows: Counter
 
     def http_request(self, route: str, method: str, status: int, seconds: float) -> None:
-        """Count one request by its route's template."""
-        known = method if method in {"GET", "POST", "PATCH", "DELETE", "HEAD", "PUT", "OPTIONS"} else "other"
-        self.requests.labels(route, known, str(status)).inc()
-        self.request_seconds.labels(route).observe(seconds)
+        """Count a request by its route's template, and how long it took. Methods that we do not know are one."""
+        method = method if method in METHODS else "other"
+        self.http_requests.labels(route, method, f"{status // 100}xx").inc()
+        self.http_seconds.labels(route, method).observe(seconds)
 
     def refresh_outcome(self, provider: str, outcome: str) -> None:
-        """Count one refresh by how it ended."""
+        """Count a refresh that was sent: ``ok`` or what became of it."""
         self.refreshes.labels(provider, outcome).inc()
 
     def handout(self, outcome: str) -> None:
-        """Count one hand-out by ``ok`` or the error's code."""
+        """Count a request for a token: ``ok`` or the error's code."""
         self.handouts.labels(outcome).inc()
 
+    def audit_failure(self) -> None:
+        """Count an audit record that could not be written."""
+        self.audit_failures.inc()
 
-def new_metrics() -> Metrics:
-    """Make the metrics of one process, in a registry of their own."""
-    registry = CollectorRegistry()
+    def flow(self, provider: str, outcome: str) -> None:
+        """Count a finished browser flow: ``connected`` or the flow's error code."""
+        self.flows.labels(provider, outcome).inc()
+
+
+def new_metrics(registry: CollectorRegistry | None = None) -> Metrics:
+    """Return counters at zero in ``registry``, by default one of their own; the library's global one is not used."""
+    registry = registry or CollectorRegistry()
+    ProcessCollector(registry=registry)
+    counter = functools.partial(Counter, namespace="broker", registry=registry)
     return Metrics(
         registry=registry,
-        requests=Counter("broker_http_requests", "Requests served", ["route", "method", "status"], registry=registry),
-        request_seconds=Histogram("broker_http_request_seconds", "Time to answer", ["route"], registry=registry),
-        refreshes=Counter("broker_refreshes", "Token refreshes", ["provider", "outcome"], registry=registry),
-        handouts=Counter("broker_handouts", "Tokens handed out or refused", ["outcome"], registry=registry),
+        http_requests=counter("http_requests", "Requests answered", ("route", "method", "status")),
+        http_seconds=Histogram(
+            "http_request_seconds",
+            "Time until the answer was complete",
+            ("route", "method"),
+            namespace="broker",
+            buckets=BUCKETS_SECONDS,
+            registry=registry,
+        ),
+        refreshes=counter("refreshes", "Refreshes by what became of them", ("provider", "outcome")),
+        handouts=counter("handouts", "Requests for a token by outcome", ("outcome",)),
+        audit_failures=counter("audit_failures", "Audit records that could not be written"),
+        flows=counter("flows", "Browser flows by how they ended", ("provider", "outcome")),
     )
 
 
 def render(metrics: Metrics) -> bytes:
-    """Return the Prometheus text format."""
+    """Return the metrics in Prometheus' text format 0.0.4."""
     return generate_latest(metrics.registry)

@@ -1,6 +1,6 @@
 """Several real processes write one audit chain at once, and one of them is killed: nothing that was acknowledged is missing.
 
-The normal run takes a few seconds a database. ``BROKER_TEST_LONG=1`` makes the writers work for a full minute.
+The normal run takes a few seconds a database. ``TEST_LONG=1`` makes the writers work for a full minute.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from broker.settings import Secret, Settings
 from broker.vault.keyring import load_keyring, open_sealer
 
 ROOT = Path(__file__).resolve().parents[2]
-SECONDS = 60.0 if os.environ.get("BROKER_TEST_LONG") == "1" else 3.0
+SECONDS = 60.0 if os.environ.get("TEST_LONG") == "1" else 3.0
 SEED = 20_260
 RECORDS: sa.Table = AuditRecord.__table__  # type: ignore[attr-defined]
 

@@ -131,30 +131,37 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def emulate(
-    service: str, seed: Mapping[str, object], *, make_directory: Callable[[str], Path], health_path: str
+    service: str,
+    seed: Mapping[str, object],
+    *,
+    make_directory: Callable[[str], Path],
+    health_path: str,
+    choose_port: Callable[[], int] = free_port,
 ) -> Iterator[str]:
     """Run one service of emulate with a seed; give its address.
 
-    emulate cannot take port 0, and whatever port is free now may be taken when it starts: so it is tried again then.
+    emulate cannot take port 0, and whatever port is free now may be taken when it starts: then another one is tried.
     """
     require_installed()
     with contextlib.ExitStack() as stack:
         for attempt in range(1, PORT_ATTEMPTS + 1):
-            port, directory = free_port(), make_directory(f"emulate-{service}")
-            base = f"http://127.0.0.1:{port}"
-            seed_path = directory / "seed.json"
-            seed_path.write_text(json.dumps({service: {**seed, "port": port, "baseUrl": base}}))
-            arguments = (EMULATE, "start", "--host", "127.0.0.1", "--service", service, "--config", seed_path)
-            started = node_process(
-                arguments, directory=directory, ready=lambda said: "Ready." in said and answers(base + health_path)
-            )
+            base, directory = f"http://127.0.0.1:{choose_port()}", make_directory(f"emulate-{service}")
             try:
-                stack.enter_context(started)
+                stack.enter_context(_emulate_at(base, service, seed, directory, health_url=base + health_path))
                 break
             except StartFailed as failure:
                 if attempt == PORT_ATTEMPTS or "Cannot listen" not in str(failure):
                     raise
         yield base
+
+
+def _emulate_at(
+    base: str, service: str, seed: Mapping[str, object], directory: Path, *, health_url: str
+) -> contextlib.AbstractContextManager[str]:
+    seed_path = directory / "seed.json"
+    seed_path.write_text(json.dumps({service: {**seed, "port": httpx2.URL(base).port, "baseUrl": base}}))
+    arguments = (EMULATE, "start", "--host", "127.0.0.1", "--service", service, "--config", seed_path)
+    return node_process(arguments, directory=directory, ready=lambda said: "Ready." in said and answers(health_url))
 
 
 def github_seed(client_id: str, client_secret: str, redirect_uri: str) -> dict[str, object]:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import socket
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, quote_plus, urlencode, urlsplit
 
@@ -21,9 +24,13 @@ from tests.real.parts import (
     Client,
     OidcServer,
     StartFailed,
+    answers,
     consent_github,
     consent_google,
     consent_oidc,
+    emulate,
+    free_port,
+    github_seed,
     node_process,
 )
 
@@ -75,13 +82,24 @@ def test_the_lock_holds_hashes_and_names_no_host() -> None:
     assert packages["node_modules/emulate"]["version"] == "0.12.2"
 
 
-def test_a_part_that_does_not_come_up_shows_what_it_printed(tmp_path: Any) -> None:
+def test_a_part_that_does_not_come_up_shows_what_it_printed(tmp_path: Path) -> None:
     script = "console.error('no port for me'); process.exit(3)"
     with (
         pytest.raises(StartFailed, match=r"(?s)status 3.*no port for me"),
         node_process(("-e", script), directory=tmp_path, ready=lambda _: False),
     ):
         pass
+
+
+def test_a_port_that_was_taken_meanwhile_is_given_up_for_another(make_directory: Callable[[str], Path]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as squatter:
+        ports = iter([squatter.getsockname()[1], free_port()])
+        seed = github_seed("id", "secret", "http://127.0.0.1:9/callback")
+        with emulate(
+            "github", seed, make_directory=make_directory, health_path="/versions", choose_port=lambda: next(ports)
+        ) as base:
+            assert answers(f"{base}/versions")
+    assert not answers(f"{base}/versions"), "the part is still there after its block"
 
 
 # emulate's GitHub
