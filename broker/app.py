@@ -14,7 +14,7 @@ from typing import Any
 import structlog
 from litestar import Litestar, MediaType, Response, Router, get
 from litestar.connection import Request
-from litestar.datastructures import State
+from litestar.datastructures import ResponseHeader, State
 from litestar.di import Provide
 from litestar.exceptions import HTTPException, ValidationException
 from litestar.openapi import OpenAPIConfig
@@ -31,7 +31,15 @@ import broker.api.sessions
 import broker.oauth.routes
 import broker.web.routes
 from broker import __version__
-from broker.api.requests import MAX_BODY_BYTES, Authentication, Idempotency, principal_of, strict_request
+from broker.api.requests import (
+    MAX_BODY_BYTES,
+    Authentication,
+    Idempotency,
+    field_error,
+    principal_of,
+    shown_name,
+    strict_request,
+)
 from broker.audit import Audit, open_audit
 from broker.callers import Callers
 from broker.connections import Connections
@@ -213,9 +221,10 @@ def _private_routes(parts: Parts) -> Router:
         route_handlers=[resource.routes() for resource in resources],
         middleware=[  # functions, because the framework copies instances deeply
             lambda app: Authentication(app, parts.callers),
-            lambda app: Idempotency(app, parts.database),
+            lambda app: Idempotency(app, parts.database, parts.sealer),
         ],
         guards=[strict_request],
+        response_headers=[ResponseHeader(name="Cache-Control", value="no-store")],
         dependencies={"principal": Provide(principal_of)},
         security=[{"callerKey": []}],
     )
@@ -254,7 +263,7 @@ async def live() -> dict[str, str]:
 async def ready(state: State) -> Response[dict[str, Any]]:
     """Say whether every part works; each failing part is named."""
     parts: Parts = state.parts
-    failing = await readiness(parts.database, parts.vault)
+    failing = await readiness(parts.database, parts.vault, parts.audit)
     body = {"status": "ready" if not failing else "not_ready", "failing": failing}
     return Response(body, status_code=503 if failing else 200, headers={"Cache-Control": "no-store"})
 
@@ -288,6 +297,8 @@ def problem(error: BrokerError, request_id: str) -> Response[dict[str, Any]]:
 
 def _answer_error(request: Request[Any, Any, Any], error: BrokerError) -> Response[Any]:
     request_id = request.scope["state"].get("request_id", "")
+    if error.status >= 500:
+        log.warning("request.failed", code=error.code, exc_info=error.__cause__ or False)
     if not _wants_page(request):
         return problem(error, request_id)
     pages: Pages = request.app.state.parts.pages
@@ -314,21 +325,26 @@ def translated(error: HTTPException) -> BrokerError:
         415: UnsupportedMediaType,
     }
     if error.status_code in kinds:
-        return kinds[error.status_code]()
+        return kinds[error.status_code](headers=_allow(error.headers))
     if 400 <= error.status_code < 500:
         return InvalidRequest(errors=_field_errors(error))
     return InternalError()
 
 
+def _allow(headers: Mapping[str, str] | None) -> Mapping[str, str]:
+    """Return the Allow header that a 405 must have (RFC 9110 15.5.6), nothing else."""
+    given = {name.lower(): value for name, value in (headers or {}).items()}
+    return {"Allow": given["allow"]} if "allow" in given else {}
+
+
 def _field_errors(error: HTTPException) -> Sequence[FieldError]:
+    """Return which query parameters are wrong; bodies were checked before the framework saw them."""
     extra = error.extra if isinstance(error, ValidationException) and isinstance(error.extra, list) else []
-    found = []
-    for item in extra:
-        source = str(item.get("source", "body"))
-        key = str(item.get("key", ""))
-        pointer = f"?{key}" if "query" in source.lower() else "/" + key.replace(".", "/").removeprefix("data/")
-        found.append(FieldError(pointer, str(item.get("message", "is not valid"))))
-    return found
+    return [FieldError(f"?{shown_name(str(item.get('key', '')))}", _told(item)) for item in extra]
+
+
+def _told(item: Mapping[str, Any]) -> str:
+    return field_error(str(item.get("message", ""))).detail
 
 
 def _answer_defect(request: Request[Any, Any, Any], error: Exception) -> Response[Any]:
@@ -349,7 +365,7 @@ class Edge:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection."""
-        if scope["type"] != "http":
+        if scope["type"] != "http":  # type: ignore[comparison-overlap] # the framework's enumeration is of strings
             await self._app(scope, receive, send)
             return
         request_id = _request_id(scope)
@@ -405,7 +421,7 @@ class Served:
         elif self._app is not None:
             await self._app(scope, receive, send)
 
-    async def _live(self, receive: Receive, send: Send) -> None:
+    async def _live(self, receive: Any, send: Any) -> None:  # noqa: ANN401 - the framework's types leave lifespan out
         await receive()
         try:
             await self._open()

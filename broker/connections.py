@@ -5,9 +5,11 @@ Order of every hand-out: who may → is it usable → a fresh token → a durabl
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from typing import Any
 
 import sqlalchemy as sa
@@ -17,19 +19,31 @@ from sqlmodel import Session, col, select
 
 from broker import policy
 from broker.audit import Audit, Entry
-from broker.credentials import Credentials, Handout, Revoked, require_lease, secret_owner
+from broker.credentials import Credentials, Handout, LeaseLost, Revoked, require_lease, secret_owner
 from broker.database import Database, now
-from broker.errors import AmbiguousConnection, BrokerError, Conflict, FieldError, Forbidden, InvalidRequest, NotFound
+from broker.errors import (
+    AmbiguousConnection,
+    AuditUnavailable,
+    BrokerError,
+    Conflict,
+    FieldError,
+    Forbidden,
+    InvalidRequest,
+    NotFound,
+)
 from broker.integrations import Integrations
-from broker.integrations.config import merge_patch
-from broker.models import Connection, new_id
-from broker.policy import Principal, Target
+from broker.integrations.config import is_scope, merge_patch
+from broker.models import Connection, epoch_of, new_id
+from broker.policy import May, Principal, Target
 from broker.refresh import Ask
 from broker.telemetry import Metrics
 from broker.vault import Vault
 
 STATUSES = frozenset({"pending", "active", "reauthorization_required", "frozen", "revoked", "error"})
 TOUCH_SECONDS = 60.0
+RACES = 3
+MOST_TAGS = 64
+LARGEST_METADATA = 16_384
 log = structlog.get_logger()
 
 
@@ -93,11 +107,10 @@ class Connections:
 
     # Reading
 
-    async def get(self, connection_id: str, principal: Principal) -> Connection:
-        """Return one connection (NotFound, Forbidden)."""
+    async def get(self, connection_id: str, principal: Principal, *, may: May = "read") -> Connection:
+        """Return one connection for a caller that may do ``may`` with it (NotFound, Forbidden)."""
         row, _ = await self._row(connection_id)
-        if not policy.visible(principal, target_of(row)):
-            policy.require(principal, "read", target_of(row))
+        policy.require(principal, may, target_of(row))
         return row
 
     async def _row(self, connection_id: str) -> tuple[Connection, float]:
@@ -146,8 +159,10 @@ class Connections:
         row, at = await self._row(connection_id)
         try:
             policy.require(principal, "token", target_of(row))
-        except Forbidden:
-            await self._audit.record(_entry("connection.token", row, principal, outcome="denied"))
+        except (Forbidden, NotFound):
+            # an audit that fails must not tell "outside" from "absent"
+            with contextlib.suppress(AuditUnavailable):
+                await self._audit.record(_entry("connection.token", row, principal, outcome="denied"))
             raise
         return await self._hand_out(row, at, ask, principal, reason)
 
@@ -165,8 +180,11 @@ class Connections:
         def work(session: Session) -> list[Connection]:
             return list(session.exec(query))
 
-        rows = [row for row in await self._database.read(work) if policy.allowed(principal, "token", target_of(row))]
+        found = await self._database.read(work)
+        rows = [row for row in found if policy.allowed(principal, "token", target_of(row))]
         if not rows:
+            if any(policy.inside(principal, target_of(row)) for row in found):
+                raise Forbidden
             policy.require(principal, "token", Target(integration, subject, {}))
             raise NotFound
         usable = [row for row in rows if row.status == "active"] or rows
@@ -210,6 +228,7 @@ class Connections:
         """
         target = Target(wanted.integration, wanted.subject, wanted.tags)
         policy.require(principal, "connect", target)
+        checked_size(wanted.metadata, "/metadata")
         configured = await self._integrations.configured(wanted.integration)
         checked = check_import(wanted.credentials, configured.provider.credential_types)
         fields = {
@@ -226,10 +245,13 @@ class Connections:
             "created_by": principal.caller_id,
             **_account_fields(wanted.account),
         }
-        existing = await self._same_account(fields)
-        if existing is not None:
-            return await self._replace(existing, wanted, checked, fields, principal)
-        return await self._insert(wanted, checked, fields, principal)
+        for _ in range(RACES):
+            existing = await self._same_account(fields)
+            if existing is not None:
+                return await self._replace(existing, wanted, checked, fields, principal)
+            with contextlib.suppress(IntegrityError):  # the same account was connected meanwhile: update that one
+                return await self._insert(wanted, checked, fields, principal)
+        raise Conflict("the same account is being connected by several at once; try again")
 
     async def _same_account(self, fields: Mapping[str, Any]) -> str | None:
         if fields["account_id"] is None:
@@ -265,7 +287,7 @@ class Connections:
             return await self._database.transaction(work)
         except IntegrityError:
             await self._vault.destroy(secret_owner(connection_id))
-            raise Conflict("the same account was connected at the same moment; try again") from None
+            raise
 
     async def _replace(
         self,
@@ -277,6 +299,7 @@ class Connections:
     ) -> Connection:
         async with self._credentials.holding(existing_id) as claimed:
             policy.require(principal, "connect", target_of(claimed.row))
+            checked_size(merge_patch(claimed.row.extra, wanted.metadata), "/metadata")
             version = await self._credentials.put(
                 existing_id, checked.value, expected_version=claimed.row.secret_version
             )
@@ -286,40 +309,33 @@ class Connections:
                 row = session.get(Connection, existing_id)
                 if row is None or row.deleted_at is not None:
                     raise NotFound
-                frozen = row.status == "frozen"
-                for name, value in fields.items():
+                for name, value in _replaced(row, wanted, fields, version).items():
                     setattr(row, name, value)
-                row.status = "frozen" if frozen else "active"
-                row.secret_version, row.status_reason, row.unknown_outcomes, row.refresh_failures = version, None, 0, 0
-                row.tags = {**row.tags, **wanted.tags}
-                row.extra = {**row.extra, **wanted.metadata}
                 session.flush()
                 self._audit.append(session, _entry("connection.imported", row, principal, replaced=True))
                 return row
 
-            return await self._database.transaction(work)
+            try:
+                return await self._database.transaction(work)
+            except LeaseLost:
+                raise Conflict("the connection was written by another process; try again") from None
 
     async def update(self, connection_id: str, patch: Mapping[str, Any], principal: Principal) -> Connection:
         """Apply a merge patch to ``tags`` and ``metadata``; the caller must be allowed before and after."""
-        row, _ = await self._row(connection_id)
-        tags = _checked_tags(merge_patch(row.tags, patch.get("tags") or {}) if "tags" in patch else row.tags)
-        if "tags" in patch and patch["tags"] is None:
-            tags = {}
-        extra = merge_patch(row.extra, patch["metadata"] or {}) if "metadata" in patch else row.extra
-        if "metadata" in patch and patch["metadata"] is None:
-            extra = {}
-        policy.require_write(principal, "manage", target_of(row), Target(row.integration, row.subject, tags))
+        await self.get(connection_id, principal, may="manage")
 
         def work(session: Session) -> Connection:
-            current = session.get(Connection, connection_id)
-            if current is None or current.deleted_at is not None:
+            row = session.get(Connection, connection_id, with_for_update=True)
+            if row is None or row.deleted_at is not None:
                 raise NotFound
-            if current.tags != row.tags:
-                raise Conflict("the connection was changed meanwhile; read it again")
-            current.tags, current.extra = dict(tags), dict(extra)
+            tags = _patched(row.tags, patch, "tags")
+            policy.require_write(principal, "manage", target_of(row), Target(row.integration, row.subject, tags))
+            row.tags, row.extra = tags, checked_size(_patched(row.extra, patch, "metadata"), "/metadata")
+            if len(tags) > MOST_TAGS:
+                raise InvalidRequest(errors=[FieldError("/tags", f"must be at most {MOST_TAGS}")])
             session.flush()
-            self._audit.append(session, _entry("connection.updated", current, principal, fields=sorted(patch)))
-            return current
+            self._audit.append(session, _entry("connection.updated", row, principal, fields=sorted(patch)))
+            return row
 
         return await self._database.transaction(work)
 
@@ -345,59 +361,99 @@ class Connections:
 def check_import(credentials: Mapping[str, Any], types: Sequence[str]) -> _Imported:
     """Check an imported credential by its ``type`` (InvalidRequest names the field; values are never quoted)."""
     kind = credentials.get("type")
-    if kind not in types:
+    if not isinstance(kind, str) or kind not in types or kind not in SHAPES:
         raise InvalidRequest(errors=[FieldError("/credentials/type", f"must be one of {', '.join(types) or 'none'}")])
-    shapes: dict[str, tuple[set[str], set[str]]] = {
-        "api_key": ({"api_key"}, set()),
-        "basic": ({"username", "password"}, set()),
-        "oauth2": ({"access_token"}, {"refresh_token", "expires_at", "scopes"}),
-    }
-    needed, optional = shapes[str(kind)]
-    given = credentials.keys() - {"type"}
-    problems = [FieldError(f"/credentials/{name}", "is not a field") for name in sorted(given - needed - optional)]
-    secret_fields = (needed | {"refresh_token"}) & (needed | given)
-    problems += [
-        FieldError(f"/credentials/{name}", "must be 1 to 16,384 printable ASCII characters")
-        for name in sorted(secret_fields)
-        if not _is_secret(credentials.get(name), spaces=name in {"username", "password"})
-    ]
-    scopes = credentials.get("scopes") or []
-    if not (isinstance(scopes, list) and all(isinstance(scope, str) and scope for scope in scopes)):
-        problems.append(FieldError("/credentials/scopes", "must be a list of strings"))
-    expires_at = credentials.get("expires_at")
+    given = {name: value for name, value in credentials.items() if name != "type" and value is not None}
+    needed, optional = SHAPES[kind]
+    problems = [FieldError("/credentials", "has a field that is not known")] if given.keys() - needed - optional else []
+    problems += [FieldError(f"/credentials/{name}", "is required") for name in sorted(needed - given.keys())]
+    for name in sorted(given.keys() & (needed | optional)):
+        if (problem := _CHECKS[name](given[name])) is not None:
+            problems.append(FieldError(f"/credentials/{name}", problem))
     if problems:
         raise InvalidRequest(errors=problems)
-    kept = {name: credentials[name] for name in sorted(secret_fields)}
-    return _Imported({"type": kind, **kept}, _epoch(expires_at), tuple(scopes))
+    kept = {name: given[name] for name in sorted(given.keys() - {"expires_at", "scopes"})}
+    expires_at = epoch_of(given["expires_at"]) if "expires_at" in given else None
+    return _Imported({"type": kind, **kept}, expires_at, tuple(given.get("scopes", ())))
 
 
-def _is_secret(value: object, *, spaces: bool) -> bool:
-    if not isinstance(value, str) or not 1 <= len(value) <= 16_384:
-        return False
-    if spaces:
-        return value.isprintable()
-    return value.isascii() and value.isprintable() and " " not in value
+def _token_problem(value: object) -> str | None:
+    good = isinstance(value, str) and re.fullmatch(r"[\x21-\x7e]{1,16384}", value) is not None
+    return None if good else "must be 1 to 16,384 visible ASCII characters"
 
 
-def _epoch(expires_at: object) -> float | None:
-    if expires_at is None:
-        return None
-    try:
-        moment = datetime.fromisoformat(str(expires_at))
-    except ValueError:
-        raise InvalidRequest(errors=[FieldError("/credentials/expires_at", "must be an RFC 3339 time")]) from None
-    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+def _password_problem(value: object) -> str | None:
+    good = isinstance(value, str) and 1 <= len(value) <= 1024 and value.isprintable()
+    return None if good else "must be 1 to 1,024 printable characters"
+
+
+def _username_problem(value: object) -> str | None:
+    if isinstance(value, str) and ":" in value:
+        return "must not hold a colon (RFC 7617)"
+    return _password_problem(value)
+
+
+def _expiry_problem(value: object) -> str | None:
+    good = isinstance(value, str) and epoch_of(value) is not None
+    return None if good else "must be an RFC 3339 time"
+
+
+def _scopes_problem(value: object) -> str | None:
+    good = isinstance(value, list) and len(value) <= 200 and all(map(is_scope, value))
+    return None if good else "must be a list of scopes (RFC 6749 3.3)"
+
+
+SHAPES: Mapping[str, tuple[frozenset[str], frozenset[str]]] = {
+    "api_key": (frozenset({"api_key"}), frozenset()),
+    "basic": (frozenset({"username", "password"}), frozenset()),
+    "oauth2": (frozenset({"access_token"}), frozenset({"refresh_token", "expires_at", "scopes"})),
+}
+_CHECKS: Mapping[str, Callable[[object], str | None]] = {
+    **dict.fromkeys(("api_key", "access_token", "refresh_token"), _token_problem),
+    "username": _username_problem,
+    "password": _password_problem,
+    "expires_at": _expiry_problem,
+    "scopes": _scopes_problem,
+}
+
+
+def checked_size(metadata: Mapping[str, Any], pointer: str) -> dict[str, Any]:
+    """Return metadata that is small enough to be listed 200 at a time (InvalidRequest)."""
+    if len(json.dumps(metadata)) > LARGEST_METADATA:
+        raise InvalidRequest(errors=[FieldError(pointer, f"must be at most {LARGEST_METADATA} characters of JSON")])
+    return dict(metadata)
+
+
+def _patched(current: Mapping[str, Any], patch: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return what a merge patch of the connection makes of one of its maps; null removes all of it (RFC 7396)."""
+    if name not in patch:
+        return dict(current)
+    return merge_patch(current, patch[name]) if patch[name] is not None else {}
+
+
+def _replaced(row: Connection, wanted: Import, fields: Mapping[str, Any], version: int) -> dict[str, Any]:
+    """Return what an import changes of the connection that it updates; a freeze stays a freeze, a name is not forgotten."""
+    known = {name: value for name, value in fields.items() if value is not None or not name.startswith("account_")}
+    return {
+        **known,
+        "status": "frozen" if row.status == "frozen" else "active",
+        "status_reason": row.status_reason if row.status == "frozen" else None,
+        "secret_version": version,
+        "missing_scopes": [],
+        "refresh_expires_at": None,
+        "refreshed_at": None,
+        "refresh_not_before_at": None,
+        "refresh_failures": 0,
+        "unknown_outcomes": 0,
+        "tags": {**row.tags, **wanted.tags},
+        "extra": {**row.extra, **wanted.metadata},
+        "created_by": row.created_by,
+    }
 
 
 def _account_fields(account: Mapping[str, Any] | None) -> dict[str, Any]:
     given = account or {}
     return {f"account_{name}": given.get(name) for name in ("id", "name", "email")}
-
-
-def _checked_tags(tags: Mapping[str, Any]) -> dict[str, str]:
-    if not all(isinstance(value, str) for value in tags.values()):
-        raise InvalidRequest(errors=[FieldError("/tags", "must map strings to strings")])
-    return dict(tags)
 
 
 def _entry(action: str, row: Connection, principal: Principal, *, outcome: str = "ok", **detail: Any) -> Entry:  # noqa: ANN401 - JSON values

@@ -50,6 +50,8 @@ SCHEMA_IS_BEHIND = frozenset({"42P01", "42703"})  # no such table, no such colum
 class DriverFault(Exception):
     """What is kept of a driver's error: its class, code, constraint, and for a defect the statement without values."""
 
+    safe_to_log = True
+
 
 def now(session: Session) -> float:
     """Return the database's clock, seconds since 1970 UTC. SQLite has none of its own: there it is this machine's."""
@@ -117,8 +119,6 @@ def _is_defect(error: BaseException) -> bool:
     if not isinstance(error, DBAPIError):
         return isinstance(error, StatementError | PendingRollbackError | UnicodeError)
     driver_error = error.orig
-    if isinstance(getattr(driver_error, "__cause__", None), ValueError):
-        return True  # asyncpg could not encode a value; nothing was sent
     sqlstate = getattr(driver_error, "sqlstate", None) or ""
     sqlite_code = getattr(driver_error, "sqlite_errorname", None)
     if sqlite_code is None and type(driver_error).__module__ == "sqlite3":

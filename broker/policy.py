@@ -85,6 +85,11 @@ def allowed(principal: Principal, action: May, target: Target) -> bool:
     return any(True for _ in _granting(principal, action, target))
 
 
+def inside(principal: Principal, target: Target) -> bool:
+    """Return whether the caller may do anything at all with ``target``: else it is as good as absent."""
+    return any(allowed(principal, action, target) for action in ACTIONS)
+
+
 def visible(principal: Principal, target: Target) -> bool:
     """Return whether ``target`` appears in this caller's lists and GETs: the action ``read``."""
     return allowed(principal, "read", target)
@@ -98,7 +103,7 @@ def require(principal: Principal, action: May, target: Target) -> None:
     """
     if allowed(principal, action, target):
         return
-    if any(allowed(principal, other, target) for other in ACTIONS):
+    if inside(principal, target):
         raise Forbidden
     raise NotFound
 

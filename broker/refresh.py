@@ -10,12 +10,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 from broker.errors import BrokerError, NotRefreshable, ProviderUnavailable, RateLimited, ReauthorizationRequired
+from broker.token_endpoint import TokenRefusal
 from providers.spec import Refresh
 
 FORCE_EVERY_SECONDS = 30.0
 SOFT_MARGIN_SECONDS = 120.0
 MOST_RESENDS = 3
+RESEND_WAITS_SECONDS = (0.0, 15.0, 900.0)  # before each: the last one outlives an outage of a quarter of an hour
 MOST_BACKOFF_SECONDS = 300.0
+REACHABLE_SHARE = 0.9
 USED_WITHIN_SECONDS = 7 * 86_400.0
 IDLE_SHARE = 0.8
 
@@ -80,7 +83,15 @@ def _long_enough(held: Held, ask: Ask, now: float) -> bool:
     if held.expires_at is None:
         return True
     left = held.expires_at - now
-    return left >= ask.min_ttl_seconds and left >= soft_margin_seconds(held)
+    return left >= _wanted_seconds(held, ask) and left >= soft_margin_seconds(held)
+
+
+def _wanted_seconds(held: Held, ask: Ask) -> float:
+    """Return ``min_ttl``, or half a lifetime where no token of this connection lives that long: else every call renews."""
+    lifetime = held.lifetime_seconds
+    if lifetime is None or ask.min_ttl_seconds <= REACHABLE_SHARE * lifetime:
+        return ask.min_ttl_seconds
+    return lifetime / 2
 
 
 def _without_refresh(held: Held, now: float, *, demanded: bool) -> Literal["serve"]:
@@ -94,8 +105,13 @@ def _without_refresh(held: Held, now: float, *, demanded: bool) -> Literal["serv
 def _while_waiting(held: Held, now: float, *, demanded: bool) -> Literal["stale"]:
     if held.live(now) and not demanded:
         return "stale"
-    wait = int((held.not_before_at or now) - now) + 1
-    raise ProviderUnavailable("the last refresh failed; it is tried again soon", headers={"Retry-After": str(wait)})
+    raise wait_for(held.not_before_at or now, now)
+
+
+def wait_for(not_before_at: float, now: float) -> ProviderUnavailable:
+    """Return the error that says when a refresh is tried again."""
+    wait = str(max(1, int(not_before_at - now) + 1))
+    return ProviderUnavailable("the last refresh failed; it is tried again soon", headers={"Retry-After": wait})
 
 
 def after_failure(held: Held, ask: Ask, now: float, failure: BrokerError) -> Literal["stale"]:
@@ -105,19 +121,93 @@ def after_failure(held: Held, ask: Ask, now: float, failure: BrokerError) -> Lit
     raise failure
 
 
-def send_again_at(refresh: Refresh, *, unknown_outcomes: int, expires_at: float | None, now: float) -> float | None:
-    """Return when the same refresh token may be sent again after silence, or None to give up.
+# After an attempt
 
-    A provider that does not rotate may be asked for ever. One with a grace period is asked at once. Where reuse kills the
-    grant, the live access token is used up first. A rotating provider is asked at most 3 times again.
+
+Kind = Literal["not_sent", "transient", "unknown", "permanent"]
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """How an attempt ended without a token. ``reason`` is a known code, never a provider's text.
+
+    ``not_sent``: nothing happened. ``transient``: the provider said no for now, or something that it should not say.
+    ``unknown``: it may have spent the refresh token. ``permanent``: it said that the grant is dead.
+    """
+
+    kind: Kind
+    reason: str
+    retry_after_seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """What a connection's row remembers of its failed attempts since the last token came."""
+
+    failures: int = 0
+    unknown_outcomes: int = 0
+    not_before_at: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What follows from a failure. ``lost``: only the user's consent helps now; ``reason`` says why."""
+
+    tally: Tally
+    reason: str
+    lost: bool = False
+
+
+def failure_of(refresh: Refresh, refusal: TokenRefusal, *, status: int) -> Failure:
+    """Say what an answer without a token means.
+
+    Success without a token (a proxy's page, a cut document) proves nothing: a provider that rotates may have rotated.
+    """
+    if refusal.outcome == "permanent":
+        return Failure("permanent", refusal.error)
+    if refresh.rotates and refusal.error == "invalid_answer" and 200 <= status < 300:
+        return Failure("unknown", "invalid_answer")
+    return Failure("transient", refusal.error, refusal.retry_after_seconds)
+
+
+def after_attempt(
+    refresh: Refresh, failure: Failure, tally: Tally, *, expires_at: float | None, now: float, random_share: float
+) -> Verdict:
+    """Return what to remember of a failed attempt and whether the connection is lost.
+
+    A refusal that comes after an unknown outcome is most likely its consequence, so it carries that reason.
+    """
+    failures = tally.failures + 1
+    unknown = tally.unknown_outcomes + (failure.kind == "unknown")
+    if failure.kind == "permanent":
+        return Verdict(Tally(failures, unknown), "refresh_outcome_unknown" if unknown else failure.reason, lost=True)
+    wait = backoff_seconds(failures, random_share)
+    if failure.kind != "unknown":
+        wait = wait if failure.retry_after_seconds is None else failure.retry_after_seconds + wait
+        before = tally.not_before_at or now  # a resend's wait for the live token goes on
+        return Verdict(Tally(failures, unknown, max(now + wait, before)), failure.reason)
+    again_at = send_again_at(refresh, unknown_outcomes=unknown, expires_at=expires_at, now=now)
+    if again_at is None:
+        return Verdict(Tally(failures, unknown), "refresh_outcome_unknown", lost=True)
+    if not refresh.rotates and unknown > 1:
+        again_at = now + wait
+    return Verdict(Tally(failures, unknown, again_at), "outcome_unknown")
+
+
+def send_again_at(refresh: Refresh, *, unknown_outcomes: int, expires_at: float | None, now: float) -> float | None:
+    """Return when the same refresh token may be sent again after the n-th unknown outcome, or None to give up.
+
+    A provider that does not rotate may be asked for ever. One that rotates is asked at most 3 times again: at once, then
+    after growing waits. Where it has no grace period, reuse may kill the grant, so the live access token is used up first.
     """
     if not refresh.rotates:
         return now
     if unknown_outcomes > MOST_RESENDS:
         return None
+    again_at = now + RESEND_WAITS_SECONDS[max(unknown_outcomes, 1) - 1]
     if refresh.grace_seconds > 0 or expires_at is None:
-        return now
-    return max(now, expires_at)
+        return again_at
+    return max(again_at, expires_at)
 
 
 def backoff_seconds(failures: int, random_share: float) -> float:

@@ -117,7 +117,7 @@ class Sessions:
                 .where(col(BrowserSession.id) == session_id, col(BrowserSession.cookie_digest).is_(None))
                 .values(cookie_digest=cookie_digest)
             )
-            return session.execute(mine).rowcount == 1  # type: ignore[attr-defined]
+            return bool(session.execute(mine).rowcount == 1)  # type: ignore[attr-defined]
 
         return await self._database.transaction(work)
 

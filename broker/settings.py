@@ -269,7 +269,9 @@ def _dotenv(path: Path) -> dict[str, str]:
         raise SettingsError(f"{path.name} cannot be read as UTF-8 text")
     for binding in bindings:
         if binding.error or (binding.key is not None and binding.value is None):
-            raise SettingsError(f"{path.name}, line {binding.original.line}: not NAME=value")
+            text = binding.original.string
+            line = binding.original.line + text[: -len(text.lstrip())].count("\n")  # blank lines before it belong to it
+            raise SettingsError(f"{path.name}, line {line}: not NAME=value")
     return {binding.key: binding.value for binding in bindings if binding.key is not None and binding.value is not None}
 
 

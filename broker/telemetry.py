@@ -14,7 +14,7 @@ import re
 import sys
 import threading
 import traceback
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import date
 from enum import Enum
@@ -41,22 +41,23 @@ TRUSTED_LOGGERS = ("uvicorn.error", "alembic.runtime.migration")  # their text a
 QUIET_LOGGERS = ("httpx2", "httpcore2", "httpx", "httpcore", "sqlalchemy", "asyncio")  # the clients log whole URLs
 
 SECRET_WORDS = frozenset(
-    "assertion authorization bearer code codes cookie cookies credential credentials jwt key keyring keys password "
-    "passwords secret secrets state token tokens verifier".split()
+    {"assertion", "authorization", "bearer", "code", "codes", "cookie", "cookies", "credential", "credentials", "jwt"}
+    | {"key", "keyring", "keys", "password", "passwords", "secret", "secrets", "state", "token", "tokens", "verifier"}
 )
 CARRIER_WORDS = frozenset({"bytes", "header", "plain", "raw", "text", "value"})  # "token_value" is a token too
 _WORD = re.compile(r"[A-Z]?[a-z0-9]+|[A-Z0-9]+(?![a-z])")
 _CREDENTIAL = re.compile(
     r"""
-    (?P<start>
-        (?i:\b(?:bearer|basic)\s+)                          # an Authorization header, wherever it is quoted
+    (?P<header>(?i:\b(?:authorization|cookie)["']?\s*[=:]\s*["']?))[^"'\r\n]+   # scheme and value, several cookies
+    | (?P<start>(?:                                         # as often as they follow each other: "token: Bearer …"
+        (?i:\b(?:bearer|basic)\s+)                          # what is left of a header
       | (?i:[?&\#](?:code|state|session|confirm|\w*token|\w*secret|\w*verifier|\w*assertion|\w*key|password)=)
-      | (?i:\b\w*(?:token|secret|password|passwd|verifier|cookie|authorization|api_key)["']?\s*[=:]\s*["']?)
+      | (?i:\b\w*(?:token|secret|password|passwd|verifier|api_key)["']?\s*[=:]\s*["']?)
       | ://(?=[^/\s@]*@)                                    # user and password in a URL
-    )
+    )+)
     [^\s"'&,;<>@{}]+
     | \bbrk_[A-Za-z0-9]+_[A-Za-z0-9]+                       # our caller keys
-    | \bgh[a-z]_[A-Za-z0-9]{10,} | \bgithub_pat_\w+         # prefixes that code hosts and others chose to be found by
+    | \bgh[a-z]_[A-Za-z0-9]{10,} | \b[a-z]+_pat_\w{10,}     # prefixes that were chosen to be found by
     | \bxox[a-z]-[\w-]+ | \b[rs]k_(?:live|test)_\w+ | \bwhsec_[\w+/=]+ | \bGOCSPX-[\w-]+ | \bAKIA[0-9A-Z]{12,}
     | \bya29\.[\w.-]+ | \b1//[\w-]{10,}
     | \beyJ[\w-]*\.[\w-]*(?:\.[\w-]*)*                      # JWS and JWE
@@ -64,6 +65,7 @@ _CREDENTIAL = re.compile(
     """,
     re.VERBOSE | re.DOTALL,
 )
+_LAST_WORD = re.compile(r"\S*\Z")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
 
 
@@ -72,8 +74,10 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
 
 def masked(text: str) -> str:
     """Return ``text`` on one line, cut to a sane length, with everything that looks like a credential replaced."""
-    shown = _CREDENTIAL.sub(lambda found: (found["start"] or "") + HIDDEN, text[: LONGEST_TEXT * 2])
-    return _CONTROL.sub(" ", shown)[:LONGEST_TEXT]
+    if len(text) > LONGEST_TEXT:
+        text = _LAST_WORD.sub("…", text[:LONGEST_TEXT])  # half a credential might not look like one
+    hidden = _CREDENTIAL.sub(lambda found: (found["header"] or found["start"] or "") + HIDDEN, text)
+    return _CONTROL.sub(" ", hidden)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -83,6 +87,11 @@ def _names_a_secret(name: str) -> bool:
     while len(words) > 1 and words[-1] in CARRIER_WORDS:
         words.pop()
     return bool(words) and words[-1] in SECRET_WORDS
+
+
+@functools.lru_cache(maxsize=1024)
+def _shown_name(name: str) -> str:
+    return masked(name)
 
 
 @functools.cache
@@ -99,7 +108,7 @@ def _shown_field(name: object, value: object, depth: int) -> Any:  # noqa: ANN40
 
 def shown(value: object, depth: int = 0) -> Any:  # noqa: ANN401, PLR0911 - JSON data; one line a kind
     """Return ``value`` as JSON data in which secrets are hidden and unknown objects are only named."""
-    if value is None or isinstance(value, bool | int | float) and not isinstance(value, Enum):
+    if value is None or (isinstance(value, bool | int | float) and not isinstance(value, Enum)):
         return value
     if isinstance(value, Secret | ProviderSecret):
         return "Secret(…)"
@@ -110,7 +119,7 @@ def shown(value: object, depth: int = 0) -> Any:  # noqa: ANN401, PLR0911 - JSON
     if depth >= DEEPEST:
         return "…"
     if isinstance(value, Mapping):
-        return {masked(str(key)): _shown_field(key, item, depth + 1) for key, item in value.items()}
+        return {_shown_name(str(key)): _shown_field(key, item, depth + 1) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
         return [shown(item, depth + 1) for item in value]
     if isinstance(value, Enum | PurePath | date | UUID | IPv4Address | IPv6Address | IPv4Network | IPv6Network):
@@ -130,7 +139,7 @@ def _said(error: BaseException) -> str:
 
 def _hide(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
     """Structlog's processor: the last one that sees the line before it becomes text."""
-    return {masked(str(name)): _shown_field(name, value, 0) for name, value in event.items()}
+    return {_shown_name(str(name)): _shown_field(name, value, 0) for name, value in event.items()}
 
 
 def _tell_exception(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
@@ -169,7 +178,7 @@ def _tell_foreign(_logger: WrappedLogger, _method: str, event: EventDict) -> Eve
     record = cast("logging.LogRecord", event["_record"])
     trusted = record.name in TRUSTED_LOGGERS
     template = str(record.msg) if isinstance(record.msg, str) or trusted else f"<{type(record.msg).__name__}>"
-    lines = _filled(template, record.args, trusted=trusted).strip().splitlines()
+    lines = _filled(template, event.pop("positional_args"), trusted=trusted).strip().splitlines()
     return {**event, "event": lines[0] if lines else "", "logger": record.name}
 
 
@@ -254,7 +263,6 @@ def _renderers(settings: Settings, stream: TextIO) -> list[Processor]:
     if not settings.development:
         return [structlog.processors.JSONRenderer(ensure_ascii=False)]
     return [
-        structlog.processors.EventRenamer("event"),
         _one_text,
         structlog.dev.ConsoleRenderer(
             colors=stream.isatty(), timestamp_key="at", exception_formatter=structlog.dev.plain_traceback
@@ -266,8 +274,8 @@ def _route_standard_library(lines: _Lines, first: list[Processor], last: list[Pr
     formatter = structlog.stdlib.ProcessorFormatter(
         foreign_pre_chain=first,
         processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *last],
-        keep_exc_info=True,
-        keep_stack_info=False,
+        use_get_message=False,  # ``_tell_foreign`` fills the template
+        pass_foreign_args=True,
     )
     root = logging.getLogger()
     root.handlers = [one for one in root.handlers if type(one) not in {_Handler, logging.StreamHandler}]

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable
+import time
+from collections.abc import Awaitable, Callable, Sequence
 
 import sqlalchemy as sa
 import structlog
 from sqlmodel import Session, col
 
 from broker.audit import Audit
-from broker.credentials import Credentials, LeaseLost
+from broker.credentials import Credentials
 from broker.database import Database, now
-from broker.errors import BrokerError
+from broker.errors import BrokerError, Conflict, NotFound
 from broker.models import BrowserSession, Connection, Flow, IdempotentAnswer, IntegrationLog
 from broker.oauth.confirm import Confirmations
 
 DAY_SECONDS = 86_400.0
 AT_ONCE = 10
+PAGE = 100
+REST_SECONDS = 300.0
 log = structlog.get_logger()
+
+Job = tuple[float, Callable[[], Awaitable[object]]]
 
 
 class Worker:
@@ -34,21 +39,26 @@ class Worker:
         self._confirmations = confirmations
         self._audit = audit
         self._stopping = asyncio.Event()
+        self._resting: dict[str, float] = {}  # connections that nothing can be done for, until when (monotonic)
 
-    async def run(self) -> None:
-        """Run every job at its pace until ``stop``; a job that fails is logged and tried again."""
-        jobs: list[tuple[float, Callable[[], Awaitable[object]]]] = [
+    @property
+    def jobs(self) -> Sequence[Job]:
+        """Every job and its pace in seconds."""
+        return (
             (1.0, self._confirmations.sweep),
             (2.0, self.refresh_due),
             (5.0, self.finish_cut_off),
             (5.0, self._audit.checkpoint),
             (60.0, self.forget_old),
             (3600.0, self._credentials.sweep_unreferenced),
-        ]
-        await asyncio.gather(*(self._repeat(seconds, job) for seconds, job in jobs))
+        )
+
+    async def run(self) -> None:
+        """Run every job at its pace until ``stop``; a job that fails is logged and tried again."""
+        await asyncio.gather(*(self._repeat(seconds, job) for seconds, job in self.jobs))
 
     def stop(self) -> None:
-        """End after the jobs that are under way."""
+        """End soon: what is under way is finished, nothing else begun. Refreshes go on until ``Credentials.aclose``."""
         self._stopping.set()
 
     async def _repeat(self, seconds: float, job: Callable[[], Awaitable[object]]) -> None:
@@ -62,25 +72,70 @@ class Worker:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), seconds)
 
+    # Refreshing
+
     async def refresh_due(self) -> int:
-        """Refresh what is due, a few at once; return how many were tried."""
-        rows = await self._credentials.due(limit=100)
+        """Refresh all that is due, a few at once; return how many were tried."""
+        tried, after = 0, None
         gate = asyncio.Semaphore(AT_ONCE)
-        await asyncio.gather(*(self._refresh(row, gate) for row in rows))
-        return len(rows)
+        while not self._stopping.is_set():
+            page = await self._credentials.due(limit=PAGE, after=after)
+            rows = [row for row in page if not self._rests(row.id)]
+            await asyncio.gather(*(self._refresh(row, gate) for row in rows))
+            tried += len(rows)
+            if len(page) < PAGE:
+                break
+            after = (page[-1].token_expires_at or 0.0, page[-1].id)
+        return tried
+
+    def _rests(self, connection_id: str) -> bool:
+        until = self._resting.get(connection_id)
+        if until is not None and until <= time.monotonic():
+            del self._resting[connection_id]
+        return connection_id in self._resting
 
     async def _refresh(self, row: Connection, gate: asyncio.Semaphore) -> None:
         async with gate:
-            with contextlib.suppress(BrokerError, LeaseLost):  # the row and the log say what happened
-                await self._credentials.refresh(row)
+            if self._stopping.is_set():
+                return
+            refresh = asyncio.create_task(self._refreshed(row))
+            stopped = asyncio.create_task(self._stopping.wait())
+            await asyncio.wait({refresh, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            for task in (refresh, stopped):  # only the waiting ends: the refresh itself does not die with its callers
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
+
+    async def _refreshed(self, row: Connection) -> None:
+        try:
+            await self._credentials.refresh(row)
+        except (Conflict, NotFound):  # moved endpoints, a missing integration: no wait on the row says so
+            self._resting[row.id] = time.monotonic() + REST_SECONDS
+        except BrokerError:
+            return  # the row and the log say what happened
+        except Exception:
+            log.exception("worker.defect", job="refresh", connection_id=row.id)
+
+    # After a crash
 
     async def finish_cut_off(self) -> None:
-        """Replay journals and finish deletions that a crash left behind."""
+        """Replay journals and finish deletions that a crash left behind; one that fails does not stop the others."""
         for connection_id in await self._credentials.unsettled():
-            await self._credentials.settle(connection_id)
+            await self._finish(connection_id, self._credentials.settle)
         for connection_id in await self._credentials.left_behind(older_than_seconds=60.0):
-            with contextlib.suppress(BrokerError):
-                await self._credentials.dispose(connection_id)
+            await self._finish(connection_id, self._credentials.dispose)
+
+    async def _finish(self, connection_id: str, act: Callable[[str], Awaitable[object]]) -> None:
+        if self._stopping.is_set():
+            return
+        try:
+            await act(connection_id)
+        except BrokerError as error:
+            log.warning("worker.failed", job=act.__name__, connection_id=connection_id, code=error.code)
+        except Exception:
+            log.exception("worker.defect", job=act.__name__, connection_id=connection_id)
+
+    # Tidying
 
     async def forget_old(self) -> None:
         """Delete rows that serve nobody any more; flow outcomes lose their sealed contents first."""
@@ -92,10 +147,9 @@ class Worker:
                 .where(col(Flow.outcome_until) < at, col(Flow.sealed_outcome).is_not(None))
                 .values(sealed_outcome=None)
             )
-            pending = sa.select(col(Connection.flow_id)).where(col(Connection.status) == "pending")
-            session.execute(
-                sa.delete(Flow).where(col(Flow.expires_at) < at - DAY_SECONDS, col(Flow.id).not_in(pending))
-            )
+            same = col(Connection.id) == col(Flow.connection_id)
+            pending = sa.exists().where(same, col(Connection.status) == "pending")
+            session.execute(sa.delete(Flow).where(col(Flow.expires_at) < at - DAY_SECONDS, ~pending))
             session.execute(sa.delete(BrowserSession).where(col(BrowserSession.expires_at) < at - DAY_SECONDS))
             session.execute(sa.delete(IdempotentAnswer).where(col(IdempotentAnswer.created_at) < at - DAY_SECONDS))
             session.execute(sa.delete(IntegrationLog).where(col(IntegrationLog.at) < at - 7 * DAY_SECONDS))

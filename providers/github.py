@@ -48,8 +48,9 @@ def identify(credential: Credential) -> Dialogue[Account]:
 def revoke(credential: Credential) -> Dialogue[bool]:
     """Delete the token, or the whole grant when a refresh token must die too; True when nothing of it is left alive.
 
-    404 and 422 mean that the access token is not valid: dead already. Beside a refresh token that proves nothing (an access
-    token ends after eight hours, its refresh token after six months), so it is no success then.
+    404 and 422 should mean that the access token is dead already, but a wrong API address answers 404 too: so the token
+    itself is asked. Beside a refresh token its death proves nothing (an access token ends after eight hours, its refresh
+    token after six months), so it is no success then.
     """
     if credential.client_secret is None or credential.access_token is None:
         return False
@@ -63,7 +64,11 @@ def revoke(credential: Credential) -> Dialogue[bool]:
     url = f"{_api(credential)}/applications/{quote(credential.client_id, safe='')}/{what}"
     body = json.dumps({"access_token": credential.access_token.reveal()}).encode()
     answer = yield Outgoing("DELETE", url, headers, body)
-    return answer.status == 204 or (what == "token" and answer.status in {404, 422})
+    if what == "grant" or answer.status not in {404, 422}:
+        return answer.status == 204
+    bearer = {**HEADERS, "Authorization": f"Bearer {credential.access_token.reveal()}"}
+    asked = yield Outgoing("GET", f"{_api(credential)}/user", bearer)
+    return asked.status == 401
 
 
 def _api(credential: Credential) -> str:

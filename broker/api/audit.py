@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from datetime import UTC, datetime
 from typing import Any
 
 from litestar import Router, get
@@ -11,9 +10,8 @@ from litestar.di import NamedDependency
 from litestar.params import FromQuery
 
 from broker import policy
-from broker.api.requests import checked_limit, page, position_of
+from broker.api.requests import checked_limit, checked_time, page, position_of, problems
 from broker.audit import Audit
-from broker.errors import FieldError, InvalidRequest
 from broker.models import AuditRecord, rfc3339
 from broker.policy import Principal, Role
 
@@ -36,7 +34,7 @@ def record_json(row: AuditRecord) -> dict[str, Any]:
     }
 
 
-@get("/audit")
+@get("/audit", responses=problems(403))
 async def search_audit(
     principal: NamedDependency[Principal],
     audit: NamedDependency[Audit],
@@ -59,8 +57,8 @@ async def search_audit(
         connection_id=connection_id,
         subject=subject,
         integration=integration,
-        since=_epoch("since", since),
-        until=_epoch("until", until),
+        since=checked_time("?since", since),
+        until=checked_time("?until", until),
         limit=checked_limit(limit) + 1,
         before_number=int(position[0]) if position is not None else None,
     )
@@ -68,21 +66,11 @@ async def search_audit(
     return page([record_json(row) for row in shown], (shown[-1].number, shown[-1].id) if len(rows) > limit else None)
 
 
-@get("/audit/verify")
+@get("/audit/verify", responses=problems(403))
 async def verify_audit(principal: NamedDependency[Principal], audit: NamedDependency[Audit]) -> dict[str, Any]:
     """Verify the whole chain; the first broken record is named, a cut tail too."""
     policy.require_role(principal, *READERS)
     return asdict(await audit.verify())
-
-
-def _epoch(name: str, text: str | None) -> float | None:
-    if text is None:
-        return None
-    try:
-        moment = datetime.fromisoformat(text)
-    except ValueError:
-        raise InvalidRequest(errors=[FieldError(f"?{name}", "must be an RFC 3339 time")]) from None
-    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
 
 
 def routes() -> Router:

@@ -10,7 +10,7 @@ from litestar.di import NamedDependency
 from litestar.params import FromPath, FromQuery, JSONBody
 
 from broker import policy
-from broker.api.requests import AnyRequest, checked_limit, page, position_of, show_once
+from broker.api.requests import AnyRequest, checked_limit, page, position_of, problems, show_once
 from broker.callers import Callers
 from broker.models import Caller, CallerKey, rfc3339
 from broker.policy import Principal
@@ -66,7 +66,7 @@ def key_json(row: CallerKey, key: Secret | None = None) -> dict[str, Any]:
     return {**shown, "key": key.reveal()} if key is not None else shown
 
 
-@get("/callers")
+@get("/callers", responses=problems(403))
 async def list_callers(
     principal: NamedDependency[Principal],
     callers: NamedDependency[Callers],
@@ -82,7 +82,7 @@ async def list_callers(
     return page([caller_json(row, keys[row.id]) for row in shown], last)
 
 
-@post("/callers", status_code=201)
+@post("/callers", status_code=201, responses=problems(403, 409, 413, 415))
 async def create_caller(
     data: JSONBody[CreateBody],
     request: AnyRequest,
@@ -97,7 +97,7 @@ async def create_caller(
     return {**caller_json(row, keys), "key": key.reveal()}
 
 
-@get("/callers/{caller_id:str}")
+@get("/callers/{caller_id:str}", responses=problems(403, 404))
 async def show_caller(
     caller_id: FromPath[str], principal: NamedDependency[Principal], callers: NamedDependency[Callers]
 ) -> dict[str, Any]:
@@ -108,7 +108,7 @@ async def show_caller(
     return caller_json(row, (await callers.keys_of([row.id]))[row.id])
 
 
-@patch("/callers/{caller_id:str}")
+@patch("/callers/{caller_id:str}", responses=problems(403, 404, 409, 413, 415))
 async def change_caller(
     caller_id: FromPath[str],
     data: JSONBody[PatchBody],
@@ -123,7 +123,7 @@ async def change_caller(
     return caller_json(row, (await callers.keys_of([row.id]))[row.id])
 
 
-@delete("/callers/{caller_id:str}", status_code=204)
+@delete("/callers/{caller_id:str}", status_code=204, responses=problems(403, 404, 409))
 async def delete_caller(
     caller_id: FromPath[str], principal: NamedDependency[Principal], callers: NamedDependency[Callers]
 ) -> None:
@@ -132,7 +132,7 @@ async def delete_caller(
     await callers.delete(caller_id, actor=principal.caller_id)
 
 
-@post("/callers/{caller_id:str}/keys", status_code=201)
+@post("/callers/{caller_id:str}/keys", status_code=201, responses=problems(403, 404, 409, 413, 415))
 async def create_key(
     caller_id: FromPath[str],
     request: AnyRequest,
@@ -148,7 +148,7 @@ async def create_key(
     return key_json(row, key)
 
 
-@delete("/callers/{caller_id:str}/keys/{key_id:str}", status_code=204)
+@delete("/callers/{caller_id:str}/keys/{key_id:str}", status_code=204, responses=problems(403, 404, 409))
 async def revoke_key(
     caller_id: FromPath[str],
     key_id: FromPath[str],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any
 
 import msgspec
@@ -9,12 +10,23 @@ from litestar import Response, Router, delete, get, patch, post
 from litestar.di import NamedDependency
 from litestar.params import FromPath, FromQuery, JSONBody
 
-from broker import policy
-from broker.api.requests import AnyRequest, checked_limit, never_keep, page, position_of, show_once
-from broker.api.sessions import session_answer
-from broker.connections import STATUSES, Connections, Filter, Import, target_of
+from broker.api.requests import (
+    TAG_NAME,
+    AnyRequest,
+    TagName,
+    TagValue,
+    Text,
+    checked_limit,
+    never_keep,
+    page,
+    position_of,
+    problems,
+    show_once,
+)
+from broker.api.sessions import Seconds, Tags, require_return_to, session_answer
+from broker.connections import STATUSES, Connections, Filter, Import
 from broker.credentials import Handout
-from broker.errors import FieldError, InvalidRequest
+from broker.errors import ConfirmationRequired, Conflict, FieldError, InvalidRequest
 from broker.models import Connection, rfc3339
 from broker.oauth.confirm import Confirm, Confirmations
 from broker.policy import Principal
@@ -22,8 +34,8 @@ from broker.refresh import Ask
 from broker.sessions import Sessions, Wanted
 from broker.settings import Settings
 
-Text = Annotated[str, msgspec.Meta(min_length=1, max_length=512)]
-Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-fA-F]{64}$")]
+Sha256 = Annotated[str, msgspec.Meta(min_length=64, max_length=64, pattern="^[0-9a-fA-F]*(?![\\s\\S])")]
+Code = Annotated[str, msgspec.Meta(min_length=1, max_length=512)]
 Ttl = Annotated[int, msgspec.Meta(ge=0, le=86_400)]
 
 
@@ -42,14 +54,14 @@ class ImportBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     subject: Text
     credentials: dict[str, Any]
     account: AccountBody | None = None
-    tags: dict[str, str] = {}
+    tags: Tags = {}
     metadata: dict[str, Any] = {}
 
 
 class ConfirmBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """The one-time code, and whose connection it is."""
 
-    code: Text
+    code: Code
     subject: Text
     return_to: str | None = None
 
@@ -73,7 +85,7 @@ class FindTokenBody(TokenBody, forbid_unknown_fields=True, kw_only=True):
 class PatchBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """A merge patch (RFC 7396)."""
 
-    tags: dict[str, str | None] | msgspec.UnsetType | None = msgspec.UNSET
+    tags: dict[TagName, TagValue | None] | msgspec.UnsetType | None = msgspec.UNSET
     metadata: dict[str, Any] | msgspec.UnsetType | None = msgspec.UNSET
 
 
@@ -81,7 +93,7 @@ class ReconnectBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """Where the user goes after a reconnect, and until when the session lives."""
 
     return_to: str | None = None
-    expires_in: Annotated[int, msgspec.Meta(ge=60, le=86_400)] = 600
+    expires_in: Seconds = 600
 
 
 def connection_json(row: Connection) -> dict[str, Any]:
@@ -120,7 +132,7 @@ def token_response(request: AnyRequest, handout: Handout) -> Response[dict[str, 
     return Response(body, headers={"Cache-Control": "no-store"}, status_code=200)
 
 
-@get("/connections")
+@get("/connections", responses=problems())
 async def list_connections(
     principal: NamedDependency[Principal],
     connections: NamedDependency[Connections],
@@ -134,9 +146,9 @@ async def list_connections(
     """List connections inside the caller's grants, newest first."""
     if status is not None and status not in STATUSES:
         raise InvalidRequest(errors=[FieldError("?status", "is not a status")])
-    if tag is not None and ":" not in tag:
+    key, colon, value = (tag or "").partition(":")
+    if tag is not None and not (colon and re.fullmatch(TAG_NAME, key)):
         raise InvalidRequest(errors=[FieldError("?tag", "must be key:value")])
-    key, _, value = (tag or "").partition(":")
     wanted = Filter(
         integration=integration,
         subject=subject,
@@ -149,7 +161,7 @@ async def list_connections(
     return page([connection_json(row) for row in rows], (rows[-1].created_at, rows[-1].id) if more else None)
 
 
-@post("/connections", status_code=201)
+@post("/connections", status_code=201, responses=problems(403, 404, 409, 413, 415, 502, 504))
 async def import_connection(
     data: JSONBody[ImportBody],
     principal: NamedDependency[Principal],
@@ -161,7 +173,9 @@ async def import_connection(
     return connection_json(await connections.import_(wanted, principal))
 
 
-@post("/connections/{connection_id:str}/confirm", status_code=200)
+@post(
+    "/connections/{connection_id:str}/confirm", status_code=200, responses=problems(403, 404, 409, 413, 415, 502, 504)
+)
 async def confirm_connection(
     connection_id: FromPath[str],
     data: JSONBody[ConfirmBody],
@@ -173,7 +187,7 @@ async def confirm_connection(
     return connection_json(await confirmations.confirm(wanted, principal))
 
 
-@get("/connections/{connection_id:str}")
+@get("/connections/{connection_id:str}", responses=problems(403, 404))
 async def show_connection(
     connection_id: FromPath[str],
     principal: NamedDependency[Principal],
@@ -183,7 +197,7 @@ async def show_connection(
     return connection_json(await connections.get(connection_id, principal))
 
 
-@patch("/connections/{connection_id:str}")
+@patch("/connections/{connection_id:str}", responses=problems(403, 404, 413, 415))
 async def change_connection(
     connection_id: FromPath[str],
     data: JSONBody[PatchBody],
@@ -195,7 +209,7 @@ async def change_connection(
     return connection_json(await connections.update(connection_id, changes, principal))
 
 
-@delete("/connections/{connection_id:str}", status_code=200)
+@delete("/connections/{connection_id:str}", status_code=200, responses=problems(403, 404, 504))
 async def delete_connection(
     connection_id: FromPath[str],
     principal: NamedDependency[Principal],
@@ -207,7 +221,11 @@ async def delete_connection(
     return {"id": connection_id, "deleted": True, "revocation": result}
 
 
-@post("/connections/{connection_id:str}/token", status_code=200)
+@post(
+    "/connections/{connection_id:str}/token",
+    status_code=200,
+    responses=problems(403, 404, 409, 413, 415, 429, 502, 504),
+)
 async def hand_out(
     connection_id: FromPath[str],
     request: AnyRequest,
@@ -221,7 +239,7 @@ async def hand_out(
     return token_response(request, handout)
 
 
-@post("/token", status_code=200)
+@post("/token", status_code=200, responses=problems(403, 404, 409, 413, 415, 429, 502, 504))
 async def find_and_hand_out(
     data: JSONBody[FindTokenBody],
     request: AnyRequest,
@@ -237,7 +255,7 @@ def _ask(body: TokenBody) -> Ask:
     return Ask(body.min_ttl, body.not_token_sha256, body.force_refresh)
 
 
-@post("/connections/{connection_id:str}/reconnect", status_code=201)
+@post("/connections/{connection_id:str}/reconnect", status_code=201, responses=problems(403, 404, 409, 413, 415))
 async def reconnect(
     connection_id: FromPath[str],
     request: AnyRequest,
@@ -248,22 +266,25 @@ async def reconnect(
     data: JSONBody[ReconnectBody | None] = None,
 ) -> dict[str, Any]:
     """Mint a session that may only connect the same account of this connection again."""
-    row = await connections.get(connection_id, principal)
-    policy.require(principal, "connect", target_of(row))
-    if row.subject is None:
-        raise InvalidRequest("a pending connection is confirmed, not reconnected")
+    row = await connections.get(connection_id, principal, may="connect")
     body = data or ReconnectBody()
+    require_return_to(body.return_to, settings)
+    if row.subject is None:
+        raise ConfirmationRequired("a pending connection is confirmed, not reconnected")
+    if row.credential_type != "oauth2":
+        raise Conflict("this credential was not made by an OAuth flow; import it again")
     wanted = Wanted(
         subject=row.subject,
         integrations=[row.integration],
         return_to=body.return_to,
+        variables=row.variables,
         tags=row.tags,
         expires_in=body.expires_in,
         reconnects=row.id,
     )
     made, token = await sessions.mint(wanted, principal)
     show_once(request, made.id)
-    return session_answer(made, token, [row.integration], settings)
+    return session_answer(made, token, settings)
 
 
 def routes() -> Router:

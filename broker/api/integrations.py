@@ -10,18 +10,20 @@ from litestar.di import NamedDependency
 from litestar.params import FromPath, FromQuery, JSONBody
 
 from broker import policy
-from broker.api.requests import AnyRequest, checked_limit, page, position_of
+from broker.api.requests import PLAIN, AnyRequest, checked_limit, page, position_of, problems, short_page
 from broker.egress import Egress
 from broker.errors import FieldError, InvalidRequest
-from broker.integrations import Draft, Integrations, View
+from broker.integrations import Draft, Integrations, View, default_scopes
+from broker.integrations.config import IntegrationConfig
 from broker.integrations.portable import export_document, import_document
 from broker.integrations.probe import probe
 from broker.models import ClientSecret, rfc3339
 from broker.policy import Principal, Role
-from providers.spec import Secret
+from providers.spec import Provider, Secret
 
-Text = Annotated[str, msgspec.Meta(max_length=2048)]
+Text = Annotated[str, msgspec.Meta(max_length=2048, pattern=PLAIN)]
 SecretText = Annotated[str, msgspec.Meta(min_length=1, max_length=16_384)]
+LEVELS = ("info", "warning", "error")
 WINDOWS = {"1h": 3600.0, "24h": 86_400.0, "7d": 7 * 86_400.0}
 READERS: tuple[Role, ...] = ("operator", "auditor", "security")
 
@@ -40,15 +42,15 @@ class CreateBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
 
 class PatchBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """A merge patch (RFC 7396)."""
+    """A merge patch (RFC 7396): null puts a value back to what it is by itself; three have no such state."""
 
-    provider: Text | None = None
-    description: Text | None = None
-    client_id: Text | None = None
-    client_secret: SecretText | None = None
-    scopes: list[Text] | None = None
-    config: dict[str, Any] | None = None
-    enabled: bool | None = None
+    provider: Text | msgspec.UnsetType = msgspec.UNSET
+    description: Text | msgspec.UnsetType | None = msgspec.UNSET
+    client_id: Text | msgspec.UnsetType | None = msgspec.UNSET
+    client_secret: SecretText | msgspec.UnsetType = msgspec.UNSET
+    scopes: list[Text] | msgspec.UnsetType | None = msgspec.UNSET
+    config: dict[str, Any] | msgspec.UnsetType | None = msgspec.UNSET
+    enabled: bool | msgspec.UnsetType = msgspec.UNSET
 
 
 class SecretBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -69,7 +71,7 @@ def integration_json(view: View) -> dict[str, Any]:
         "config": row.config,
         "enabled": row.enabled,
         "status": view.status,
-        "status_reason": row.test_error,
+        "status_reason": view.status_reason,
         "client_secrets": len(view.secret_ids),
         "created_at": rfc3339(row.created_at),
         "updated_at": rfc3339(row.updated_at),
@@ -81,21 +83,27 @@ def secret_json(row: ClientSecret) -> dict[str, Any]:
     return {"id": row.id, "source": row.source, "created_at": rfc3339(row.created_at)}
 
 
-def _draft(name: str, data: CreateBody | PatchBody) -> Draft:
+def _created(data: CreateBody) -> Draft:
+    fields = msgspec.structs.asdict(data)
     secret = Secret(data.client_secret) if data.client_secret is not None else None
-    return Draft(
-        name=name,
-        provider=data.provider,
-        description=data.description,
-        client_id=data.client_id,
-        client_secret=secret,
-        scopes=data.scopes,
-        config=data.config,
-        enabled=data.enabled,
-    )
+    return Draft(**{**fields, "client_secret": secret})
 
 
-@get("/integrations")
+def _patched(name: str, data: PatchBody, provider: Provider | None) -> Draft:
+    given = {field: value for field, value in msgspec.structs.asdict(data).items() if value is not msgspec.UNSET}
+    cleared: dict[str, Any] = {
+        "description": "",
+        "client_id": "",
+        "scopes": default_scopes(provider),
+        "config": dict.fromkeys(IntegrationConfig.model_fields),
+    }
+    fields: dict[str, Any] = {field: cleared[field] if value is None else value for field, value in given.items()}
+    if "client_secret" in fields:
+        fields["client_secret"] = Secret(fields["client_secret"])
+    return Draft(name, **fields)
+
+
+@get("/integrations", responses=problems(403))
 async def list_integrations(
     principal: NamedDependency[Principal],
     integrations: NamedDependency[Integrations],
@@ -110,7 +118,7 @@ async def list_integrations(
     return page([integration_json(view) for view in shown], last)
 
 
-@post("/integrations", status_code=201)
+@post("/integrations", status_code=201, responses=problems(403, 409, 413, 415))
 async def create_integration(
     data: JSONBody[CreateBody],
     principal: NamedDependency[Principal],
@@ -118,10 +126,10 @@ async def create_integration(
 ) -> dict[str, Any]:
     """Configure a provider."""
     policy.require_role(principal, "operator")
-    return integration_json(await integrations.create(_draft(data.name, data), principal))
+    return integration_json(await integrations.create(_created(data), principal))
 
 
-@get("/integrations/{name:str}")
+@get("/integrations/{name:str}", responses=problems(403, 404))
 async def show_integration(
     name: FromPath[str], principal: NamedDependency[Principal], integrations: NamedDependency[Integrations]
 ) -> dict[str, Any]:
@@ -130,7 +138,7 @@ async def show_integration(
     return integration_json(await integrations.get(name))
 
 
-@patch("/integrations/{name:str}")
+@patch("/integrations/{name:str}", responses=problems(403, 404, 409, 413, 415))
 async def change_integration(
     name: FromPath[str],
     data: JSONBody[PatchBody],
@@ -139,10 +147,12 @@ async def change_integration(
 ) -> dict[str, Any]:
     """Change an integration; its endpoints need an admin, and existing connections follow only by a rebind."""
     policy.require_role(principal, "operator")
-    return integration_json(await integrations.update(_draft(name, data), principal))
+    row = (await integrations.get(name)).row
+    draft = _patched(name, data, integrations.catalog.get(row.provider))
+    return integration_json(await integrations.update(draft, principal))
 
 
-@delete("/integrations/{name:str}", status_code=204)
+@delete("/integrations/{name:str}", status_code=204, responses=problems(403, 404, 409))
 async def delete_integration(
     name: FromPath[str], principal: NamedDependency[Principal], integrations: NamedDependency[Integrations]
 ) -> None:
@@ -151,7 +161,7 @@ async def delete_integration(
     await integrations.delete(name, principal)
 
 
-@post("/integrations/{name:str}/test", status_code=200)
+@post("/integrations/{name:str}/test", status_code=200, responses=problems(403, 404, 409))
 async def run_test(
     name: FromPath[str],
     principal: NamedDependency[Principal],
@@ -163,7 +173,7 @@ async def run_test(
     return await probe(integrations, egress, name)
 
 
-@get("/integrations/{name:str}/metrics")
+@get("/integrations/{name:str}/metrics", responses=problems(403, 404))
 async def show_metrics(
     name: FromPath[str],
     principal: NamedDependency[Principal],
@@ -178,7 +188,7 @@ async def show_metrics(
     return {**found, "window": window, "last_activity_at": rfc3339(found["last_activity_at"])}
 
 
-@get("/integrations/{name:str}/logs")
+@get("/integrations/{name:str}/logs", responses=problems(403, 404))
 async def show_logs(
     name: FromPath[str],
     principal: NamedDependency[Principal],
@@ -186,15 +196,20 @@ async def show_logs(
     level: FromQuery[str | None] = None,
     text: FromQuery[str | None] = None,
     limit: FromQuery[int] = 50,
+    cursor: FromQuery[str | None] = None,
 ) -> dict[str, Any]:
-    """Show recent lines, newest first."""
+    """Show recent lines, newest first, by level and by a part of their text."""
     policy.require_role(principal, *READERS)
-    lines = await integrations.logs(name, limit=checked_limit(limit), level=level, text=text)
+    if level is not None and level not in LEVELS:
+        raise InvalidRequest(errors=[FieldError("?level", f"must be one of {', '.join(LEVELS)}")])
+    position = position_of(cursor)
+    before_id = int(position[0]) if position is not None else None
+    lines = await integrations.logs(name, limit=checked_limit(limit) + 1, level=level, text=text, before_id=before_id)
     shown = [{"at": rfc3339(line.at), "level": line.level, "action": line.action, "text": line.text} for line in lines]
-    return {"data": shown, "next_cursor": None}
+    return page(shown[:limit], (float(lines[limit - 1].id or 0), "line") if len(lines) > limit else None)
 
 
-@post("/integrations/{name:str}/rebind", status_code=200)
+@post("/integrations/{name:str}/rebind", status_code=200, responses=problems(403, 404, 409, 502, 504))
 async def rebind(
     name: FromPath[str], principal: NamedDependency[Principal], integrations: NamedDependency[Integrations]
 ) -> dict[str, Any]:
@@ -202,16 +217,20 @@ async def rebind(
     return {"connections": await integrations.rebind(name, principal)}
 
 
-@get("/integrations/{name:str}/client-secrets")
+@get("/integrations/{name:str}/client-secrets", responses=problems(403, 404))
 async def list_secrets(
-    name: FromPath[str], principal: NamedDependency[Principal], integrations: NamedDependency[Integrations]
+    name: FromPath[str],
+    principal: NamedDependency[Principal],
+    integrations: NamedDependency[Integrations],
+    limit: FromQuery[int] = 50,
+    cursor: FromQuery[str | None] = None,
 ) -> dict[str, Any]:
     """List the live client secrets, newest first, without their values."""
     policy.require_role(principal, *READERS)
-    return {"data": [secret_json(row) for row in await integrations.secrets(name)], "next_cursor": None}
+    return short_page([secret_json(row) for row in await integrations.secrets(name)], limit=limit, cursor=cursor)
 
 
-@post("/integrations/{name:str}/client-secrets", status_code=201)
+@post("/integrations/{name:str}/client-secrets", status_code=201, responses=problems(403, 404, 409, 413, 415))
 async def add_secret(
     name: FromPath[str],
     data: JSONBody[SecretBody],
@@ -220,12 +239,10 @@ async def add_secret(
 ) -> dict[str, Any]:
     """Make a further client secret live, as the newest."""
     policy.require_role(principal, "operator", "security")
-    await integrations.get(name)
-    secret_id = await integrations.add_secret(name, Secret(data.client_secret), principal)
-    return next(secret_json(row) for row in await integrations.secrets(name) if row.id == secret_id)
+    return secret_json(await integrations.add_secret(name, Secret(data.client_secret), principal))
 
 
-@delete("/integrations/{name:str}/client-secrets/{secret_id:str}", status_code=204)
+@delete("/integrations/{name:str}/client-secrets/{secret_id:str}", status_code=204, responses=problems(403, 404))
 async def delete_secret(
     name: FromPath[str],
     secret_id: FromPath[str],
@@ -237,7 +254,7 @@ async def delete_secret(
     await integrations.delete_secret(name, secret_id, principal)
 
 
-@get("/integrations/export")
+@get("/integrations/export", responses=problems(403))
 async def export_integrations(
     principal: NamedDependency[Principal],
     integrations: NamedDependency[Integrations],
@@ -246,10 +263,10 @@ async def export_integrations(
     """Return all integrations as one document; with a passphrase header their secrets too, sealed to it."""
     passphrase = _passphrase(request)
     policy.require_role(principal, *(READERS if passphrase is None else ("operator",)))
-    return await export_document(integrations, passphrase)
+    return await export_document(integrations, passphrase, principal)
 
 
-@post("/integrations/import", status_code=200)
+@post("/integrations/import", status_code=200, responses=problems(403, 409, 413, 415))
 async def import_integrations(
     data: JSONBody[dict[str, Any]],
     principal: NamedDependency[Principal],
@@ -264,8 +281,15 @@ async def import_integrations(
 
 def _passphrase(request: AnyRequest) -> Secret | None:
     """Return what ``X-Broker-Passphrase`` holds: a header, because a URL is logged and a GET has no body."""
-    value = request.headers.get("x-broker-passphrase")
-    return Secret(value) if value else None
+    values = [value for name, value in request.scope["headers"] if name == b"x-broker-passphrase"]
+    if not values:
+        return None
+    try:
+        if len(values) == 1 and values[0]:
+            return Secret(values[0].decode())
+    except UnicodeDecodeError:
+        pass
+    raise InvalidRequest("X-Broker-Passphrase must be given once, as UTF-8 text")
 
 
 def routes() -> Router:

@@ -6,10 +6,12 @@ from typing import Any
 
 from litestar import Router, get
 from litestar.di import NamedDependency
-from litestar.params import FromPath
+from litestar.params import FromPath, FromQuery
 
+from broker.api.requests import problems, short_page
 from broker.errors import NotFound
-from broker.integrations import IntegrationConfig, Integrations
+from broker.integrations import Integrations
+from broker.integrations.config import IntegrationConfig
 from broker.policy import Principal
 from providers.spec import Provider
 
@@ -31,17 +33,20 @@ def provider_json(provider: Provider, *, schema: bool) -> dict[str, Any]:
     return {**shown, "config_schema": IntegrationConfig.model_json_schema()} if schema else shown
 
 
-@get("/providers")
+@get("/providers", responses=problems())
 async def list_providers(
     principal: NamedDependency[Principal],  # noqa: ARG001 - any caller may read the catalog
     integrations: NamedDependency[Integrations],
+    limit: FromQuery[int] = 50,
+    cursor: FromQuery[str | None] = None,
 ) -> dict[str, Any]:
-    """List the catalog."""
+    """List the catalog by name."""
     catalog = integrations.catalog
-    return {"data": [provider_json(catalog[name], schema=False) for name in sorted(catalog)], "next_cursor": None}
+    shown = [provider_json(catalog[name], schema=False) for name in sorted(catalog)]
+    return short_page(shown, limit=limit, cursor=cursor)
 
 
-@get("/providers/{name:str}")
+@get("/providers/{name:str}", responses=problems(404))
 async def show_provider(
     name: FromPath[str],
     principal: NamedDependency[Principal],  # noqa: ARG001 - any caller may read the catalog

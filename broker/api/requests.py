@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import hmac
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from http import HTTPStatus
+from typing import Annotated, Any
 from urllib.parse import parse_qsl
 
+import msgspec
 import sqlalchemy as sa
+import structlog
 from litestar.connection import ASGIConnection, Request
 from litestar.handlers import BaseRouteHandler
+from litestar.openapi.datastructures import ResponseSpec
 from litestar.types import ASGIApp, Message, Receive, Scope, Send
 from sqlalchemy.exc import IntegrityError
 from sqlmodel import Session, col, select
@@ -19,23 +26,39 @@ from sqlmodel import Session, col, select
 from broker.callers import Callers
 from broker.database import Database, now
 from broker.errors import (
+    BrokerError,
     Conflict,
     FieldError,
     IdempotencyConflict,
     InvalidRequest,
+    NotFound,
     PayloadTooLarge,
     UnsupportedMediaType,
 )
-from broker.models import IdempotentAnswer, new_id
+from broker.models import IdempotentAnswer, epoch_of, new_id
 from broker.policy import Principal
+from broker.vault import SecretUnreadable
+from broker.vault.keyring import Sealer
 
 AnyRequest = Request[Any, Any, Any]
 MAX_BODY_BYTES = 1_048_576
 KEPT_SECONDS = 86_400.0
-IN_PROGRESS_SECONDS = 60.0
-LONGEST_KEY = 255
+IN_PROGRESS_SECONDS = 180.0  # longer than any route takes: only a crash leaves a claim that old
+LONGEST_CURSOR = 512
+IDEMPOTENCY_KEY = re.compile(rb"[\x21-\x7e]{1,255}")
+DEEPEST = 32
+JSON_MARKS = re.compile(rb'"(?:[^"\\]|\\.)*+"|[][{}]')
+PATH_PART = r"[A-Za-z0-9_.-]{1,128}"
+CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+EXPECTED = re.compile(r"Expected `[a-z0-9| ]+`(, got `[a-z]+`| of length (>=|<=) \d+| (>=|<=|<|>) [\d.]+)?")
+PLAIN = "^[^\\x00-\\x1f\\x7f]*(?![\\s\\S])"  # not $, which a line feed may follow
+Text = Annotated[str, msgspec.Meta(min_length=1, max_length=512, pattern=PLAIN)]
+TAG_NAME = r"[!#-9;-\[\]-~]{1,64}"  # visible ASCII without colon, quote and backslash: SQLite finds it by a JSON path
+TagName = Annotated[str, msgspec.Meta(pattern=f"^{TAG_NAME}(?![\\s\\S])")]
+TagValue = Annotated[str, msgspec.Meta(max_length=512, pattern=PLAIN)]
 NOT_KEPT = "broker_not_kept"
 MADE_ID = "broker_made_id"
+log = structlog.get_logger()
 
 
 # Who calls
@@ -62,17 +85,137 @@ async def principal_of(request: AnyRequest) -> Principal:
     return principal
 
 
+# Strict requests
+
+
 async def strict_request(connection: ASGIConnection[Any, Any, Any, Any], handler: BaseRouteHandler) -> None:
-    """Guard: refuse unknown or repeated query parameters and bodies that are not JSON."""
-    names = [name for name, _ in parse_qsl(connection.scope["query_string"].decode("latin-1"), keep_blank_values=True)]
-    known = handler.parsed_fn_signature.parameters.keys() - connection.path_params.keys() - {"data", "request"}
-    problems = [FieldError(f"?{name}", "is not a parameter here") for name in sorted(set(names) - known)]
-    problems += [FieldError(f"?{name}", "is given twice") for name in sorted({n for n in names if names.count(n) > 1})]
+    """Guard: refuse unknown, repeated or garbled query parameters, and a body that is not exactly what the route takes.
+
+    A path part that can be no id or name is NotFound: PostgreSQL fails on a NUL instead of finding nothing.
+    """
+    if not all(re.fullmatch(PATH_PART, str(part)) for part in connection.path_params.values()):
+        raise NotFound
+    problems = query_problems(connection.scope["query_string"], known_parameters(connection, handler))
     if problems:
         raise InvalidRequest(errors=problems)
-    kind = connection.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    if isinstance(connection, Request) and connection.method in {"POST", "PATCH", "PUT", "DELETE"}:
+        await _check_body(connection, handler)
+
+
+def known_parameters(connection: ASGIConnection[Any, Any, Any, Any], handler: BaseRouteHandler) -> set[str]:
+    """Return the query parameters that a route takes: its arguments without those that come from elsewhere."""
+    elsewhere = {*connection.path_params, *handler.resolve_dependencies(), "data", "request"}
+    return {*handler.parsed_fn_signature.parameters} - elsewhere
+
+
+def query_problems(query_string: bytes, known: Collection[str]) -> list[FieldError]:
+    """Return what is wrong with the names of a query and with the characters of its values (pure)."""
+    try:
+        pairs = parse_qsl(query_string.decode("latin-1"), keep_blank_values=True, errors="strict", max_num_fields=64)
+    except ValueError:
+        return [FieldError("?", "must be UTF-8 and at most 64 parameters")]
+    counted = Counter(name for name, _ in pairs)
+    problems = [FieldError(f"?{shown_name(name)}", "is not a parameter here") for name in counted if name not in known]
+    problems += [FieldError(f"?{shown_name(name)}", "is given twice") for name, count in counted.items() if count > 1]
+    garbled = dict.fromkeys(name for name, value in pairs if name in known and CONTROL.search(value))
+    return problems + [FieldError(f"?{name}", "must not hold control characters") for name in garbled]
+
+
+def shown_name(name: str) -> str:
+    """Return a field's name if it can hardly be anything else: a key pasted in the wrong place is not echoed."""
+    return name if re.fullmatch(r"[a-z][a-z0-9_]{0,31}", name) else ""
+
+
+async def _check_body(request: AnyRequest, handler: BaseRouteHandler) -> None:
+    """Decode the body strictly: the framework's own decoding afterwards takes "60" for 60."""
+    body = await request.body()
+    field = handler.parsed_data_field
+    if not body and (field is None or field.is_optional):
+        return
+    kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if kind not in {"application/json", "application/merge-patch+json"}:
         raise UnsupportedMediaType
+    strict_body(body, field.annotation if field is not None else _NoFields)
+
+
+class _NoFields(msgspec.Struct, forbid_unknown_fields=True):
+    """What a route without a body takes: an empty object, which some clients always send."""
+
+
+def strict_body(body: bytes, shape: Any) -> None:  # noqa: ANN401 - a type
+    """Check that ``body`` is JSON of this shape (InvalidRequest points at what is not; nothing of it is quoted)."""
+    problem: FieldError | None
+    try:
+        msgspec.json.decode(body, type=shape)
+    except msgspec.ValidationError as error:
+        problem = field_error(str(error))
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
+        raise InvalidRequest("the body is not valid JSON, or nested too deeply") from None
+    else:
+        problem = FieldError("", f"is nested more than {DEEPEST} deep") if _deeper_than(body, DEEPEST) else None
+    if problem is not None:
+        raise InvalidRequest(errors=[problem])  # outside the handler: the decoder's text may quote the body
+
+
+def _deeper_than(json_text: bytes, most: int) -> bool:
+    """Return whether valid JSON nests deeper than ``most``: later code walks it recursively."""
+    depth = 0
+    for token in JSON_MARKS.finditer(json_text):
+        depth += {b"[": 1, b"{": 1, b"]": -1, b"}": -1}.get(token[0], 0)
+        if depth > most:
+            return True
+    return False
+
+
+def field_error(message: str) -> FieldError:
+    """Return pointer and text for one of msgspec's messages; values and names that it quotes are dropped (pure)."""
+    what, _, where = message.partition(" - at `")
+    pointer = "".join(f"/{part.strip('.[]')}" for part in re.findall(r"\.\w+|\[\d+\]", where.rstrip("`")))
+    named = re.search("field `(.*)`$", what, re.DOTALL)
+    name = f"/{shown_name(named[1])}" if named is not None and shown_name(named[1]) else ""
+    if what.startswith("Object contains unknown field"):
+        return FieldError(pointer + name, "is not a field here")
+    if what.startswith("Object missing required field"):
+        return FieldError(pointer + name, "is required")
+    if "matching regex" in what:
+        return FieldError(pointer, "holds characters that are not allowed here")
+    return FieldError(pointer, what if EXPECTED.fullmatch(what) else "is not valid")
+
+
+# What the OpenAPI document says of errors
+
+
+class ProblemField(msgspec.Struct, kw_only=True):
+    """One refused field: ``pointer`` is a JSON Pointer into the body, or ``?name`` for a query parameter."""
+
+    pointer: str
+    detail: str
+
+
+class Problem(msgspec.Struct, kw_only=True):
+    """An RFC 9457 problem document; ``code`` is stable and documented in docs/errors.md."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    code: str
+    request_id: str
+    errors: list[ProblemField] | msgspec.UnsetType = msgspec.UNSET
+    made_id: str | msgspec.UnsetType = msgspec.UNSET
+
+
+def problems(*statuses: int) -> dict[int, ResponseSpec]:
+    """Return the documentation of a route's errors: these besides those that every `/v1` route can answer."""
+    return {
+        status: ResponseSpec(
+            Problem,
+            generate_examples=False,
+            description=HTTPStatus(status).phrase,
+            media_type="application/problem+json",
+        )
+        for status in sorted({400, 401, 500, 503, *statuses})
+    }
 
 
 # Pages
@@ -84,14 +227,17 @@ def cursor_of(position: tuple[float, str]) -> str:
 
 
 def position_of(cursor: str | None) -> tuple[float, str] | None:
-    """Return what ``cursor_of`` was given (InvalidRequest for anything that it did not make)."""
+    """Return what ``cursor_of`` was given (InvalidRequest for anything that it cannot have made)."""
     if cursor is None:
         return None
     try:
-        at, row_id = json.loads(base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)))
-        return float(at), str(row_id)
-    except (ValueError, TypeError):
-        raise InvalidRequest(errors=[FieldError("?cursor", "is not a cursor of this list")]) from None
+        text = base64.b64decode(cursor[:LONGEST_CURSOR] + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True)
+        at, row_id = msgspec.json.decode(text, type=tuple[float, str])
+    except (ValueError, msgspec.MsgspecError):
+        at, row_id = -1.0, ""
+    if not (0 <= at < 2**53 and re.fullmatch(PATH_PART, row_id)):
+        raise InvalidRequest(errors=[FieldError("?cursor", "is not a cursor of this list")])
+    return at, row_id
 
 
 def checked_limit(limit: int) -> int:
@@ -104,6 +250,24 @@ def checked_limit(limit: int) -> int:
 def page(data: Sequence[Mapping[str, Any]], next_position: tuple[float, str] | None) -> dict[str, Any]:
     """Return a list answer."""
     return {"data": list(data), "next_cursor": cursor_of(next_position) if next_position is not None else None}
+
+
+def short_page(data: Sequence[Mapping[str, Any]], *, limit: int, cursor: str | None) -> dict[str, Any]:
+    """Return a page of a list that is short enough to be held whole; its cursor counts rows."""
+    position = position_of(cursor)
+    start = 0 if position is None else int(position[0])
+    end = start + checked_limit(limit)
+    return page(data[start:end], (float(end), "row") if end < len(data) else None)
+
+
+def checked_time(pointer: str, text: str | None) -> float | None:
+    """Return seconds since 1970 of an RFC 3339 time (InvalidRequest at ``pointer``), None for None."""
+    if text is None:
+        return None
+    seconds = epoch_of(text)
+    if seconds is None:
+        raise InvalidRequest(errors=[FieldError(pointer, "must be an RFC 3339 time from 1970 on")])
+    return seconds
 
 
 # Idempotency-Key
@@ -120,67 +284,72 @@ def never_keep(request: AnyRequest) -> None:
 
 
 class Idempotency:
-    """Middleware: a POST with an Idempotency-Key acts once per caller, key and body within 24 hours.
+    """Middleware: a POST with an Idempotency-Key acts once per caller, key and request within 24 hours.
 
     Only answers below 300 are kept; after an error the key may be used again. The key is claimed by a row before the
-    route runs, so of two at once one waits its turn with 409 ``conflict``.
+    route runs, so of two at once one waits its turn with 409 ``conflict``; the answer is kept before it is sent, so that
+    whoever has it can rely on it. After a crash in between nobody knows what happened: for three minutes the key answers
+    ``conflict``, then the request acts anew.
     """
 
-    def __init__(self, app: ASGIApp, database: Database) -> None:
-        """Wrap the routes; must stand behind ``Authentication``."""
+    def __init__(self, app: ASGIApp, database: Database, sealer: Sealer) -> None:
+        """Wrap the routes; must stand behind ``Authentication``. ``sealer`` keys the digests of requests."""
         self._app = app
         self._database = database
+        self._sealer = sealer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Replay, refuse, or run and keep."""
-        key = dict(scope["headers"]).get(b"idempotency-key")
-        if key is None or scope.get("method") != "POST":
+        keys = [value for name, value in scope["headers"] if name == b"idempotency-key"]
+        if not keys or scope.get("method") != "POST":
             await self._app(scope, receive, send)
             return
-        if not 0 < len(key) <= LONGEST_KEY:
-            raise InvalidRequest("Idempotency-Key must have 1 to 255 characters")
+        if len(keys) > 1 or IDEMPOTENCY_KEY.fullmatch(keys[0]) is None:
+            raise InvalidRequest("Idempotency-Key must be one value of 1 to 255 visible ASCII characters")
         body = await _read(receive)
-        principal: Principal = scope["state"]["principal"]
-        claim = _new_claim(principal, key, scope, body)
-        kept = await self._claim(claim)
+        if body is None:
+            return  # the client left in the middle of its body: nobody waits for an answer
+        request = b"\n".join([scope["raw_path"], scope["query_string"], body])
+        claim = _new_claim(scope["state"]["principal"], keys[0], self._fingerprint(request))
+        kept = await self._claim(claim, request)
         if kept is not None:
             await _replay(kept, send)
             return
         await self._run(claim, scope, body, send)
 
+    def _fingerprint(self, request: bytes, key_id: str | None = None) -> str:
+        """Return a keyed digest: a request can hold a password, which a plain hash would let anybody guess."""
+        key_id = key_id or self._sealer.current_key_id
+        key = self._sealer.purpose_key("idempotency", key_id=key_id)
+        return f"{key_id}:{hmac.new(key, request, hashlib.sha256).hexdigest()}"
+
+    def _is_same(self, request: bytes, stored: str) -> bool:
+        try:
+            expected = self._fingerprint(request, stored.partition(":")[0])
+        except SecretUnreadable:
+            return False  # made under a data key that is gone: rather a conflict than a second action
+        return hmac.compare_digest(expected, stored)
+
     async def _run(self, claim: IdempotentAnswer, scope: Scope, body: bytes, send: Send) -> None:
-        answer = _Captured(send)
+        """Run the route, keep its answer, send it. An answer that could not be kept is sent all the same."""
+        answer = _Captured()
+        await self._app(scope, _receive_of(body), answer)
         try:
-            await self._app(scope, _receive_of(body), answer)
-        finally:
             await self._keep(claim, scope["state"], answer)
+        except BrokerError as error:
+            log.warning("idempotency.not_kept", code=error.code)
+        for message in answer.messages:
+            await send(message)
 
-    async def _claim(self, claim: IdempotentAnswer) -> IdempotentAnswer | None:
+    async def _claim(self, claim: IdempotentAnswer, request: bytes) -> IdempotentAnswer | None:
         """Claim the key; return the kept answer of an earlier request, or raise what stands against both."""
-
-        def work(session: Session) -> IdempotentAnswer | None:
-            claim.created_at = now(session)
-            same = (
-                IdempotentAnswer.caller_id == claim.caller_id,
-                IdempotentAnswer.key_digest == claim.key_digest,
-            )
-            found = session.exec(select(IdempotentAnswer).where(*same)).first()
-            if found is not None and _is_over(found, claim.created_at):
-                session.delete(found)
-                session.flush()
-                found = None
-            if found is None:
-                session.add(claim)
-                session.flush()
-            return found
-
         try:
-            found = await self._database.transaction(work)
+            found = await self._database.transaction(lambda session: _claimed(session, claim))
         except IntegrityError:
             raise Conflict("a request with this Idempotency-Key is still running") from None
         if found is None:
             return None
-        if found.request_digest != claim.request_digest:
+        if not self._is_same(request, found.request_digest):
             raise IdempotencyConflict("This Idempotency-Key was used with another request")
         if found.made_id is not None:
             raise IdempotencyConflict("The first answer showed a secret and is not kept", made_id=found.made_id)
@@ -190,8 +359,7 @@ class Idempotency:
 
     async def _keep(self, claim: IdempotentAnswer, state: Mapping[str, Any], answer: _Captured) -> None:
         mine = col(IdempotentAnswer.id) == claim.id
-        good = answer.status is not None and answer.status < 300 and not state.get(NOT_KEPT)
-        if not good:
+        if answer.status >= 300 or state.get(NOT_KEPT):
             await self._database.transaction(lambda session: session.execute(sa.delete(IdempotentAnswer).where(mine)))
             return
         made_id = state.get(MADE_ID)
@@ -202,11 +370,11 @@ class Idempotency:
 
 
 class _Captured:
-    """Passes an answer on and keeps a copy."""
+    """Holds an answer back until it is kept."""
 
-    def __init__(self, send: Send) -> None:
-        self._send = send
-        self.status: int | None = None
+    def __init__(self) -> None:
+        self.messages: list[Message] = []
+        self.status = 500
         self.body = b""
 
     async def __call__(self, message: Message) -> None:
@@ -214,18 +382,32 @@ class _Captured:
             self.status = message["status"]
         elif message["type"] == "http.response.body":
             self.body += message["body"]
-        await self._send(message)
+        self.messages.append(message)
 
 
-def _new_claim(principal: Principal, key: bytes, scope: Scope, body: bytes) -> IdempotentAnswer:
-    request = b"\n".join([scope["raw_path"], scope["query_string"], body])
+def _new_claim(principal: Principal, key: bytes, fingerprint: str) -> IdempotentAnswer:
     return IdempotentAnswer(
         id=new_id("idk"),
         caller_id=principal.caller_id,
         key_digest=hashlib.sha256(key).hexdigest(),
-        request_digest=hashlib.sha256(request).hexdigest(),
+        request_digest=fingerprint,
         created_at=0.0,
     )
+
+
+def _claimed(session: Session, claim: IdempotentAnswer) -> IdempotentAnswer | None:
+    """Write the claim, over one that is too old; return the row that stands against it."""
+    claim.created_at = now(session)
+    same = (IdempotentAnswer.caller_id == claim.caller_id, IdempotentAnswer.key_digest == claim.key_digest)
+    found = session.exec(select(IdempotentAnswer).where(*same)).first()
+    if found is not None and not _is_over(found, claim.created_at):
+        return found
+    if found is not None:
+        session.delete(found)
+        session.flush()
+    session.add(claim)
+    session.flush()
+    return None
 
 
 def _is_over(found: IdempotentAnswer, at: float) -> bool:
@@ -233,12 +415,13 @@ def _is_over(found: IdempotentAnswer, at: float) -> bool:
     return age > KEPT_SECONDS or (found.status is None and age > IN_PROGRESS_SECONDS)
 
 
-async def _read(receive: Receive) -> bytes:
+async def _read(receive: Receive) -> bytes | None:
+    """Return the whole body, or None when the client left before its end."""
     body = b""
     while True:
         message = await receive()
         if message["type"] != "http.request":
-            return body
+            return None
         body += message["body"]
         if len(body) > MAX_BODY_BYTES:
             raise PayloadTooLarge

@@ -8,15 +8,17 @@ connections pin the origins they were made with (``origins_of``), and only a reb
 from __future__ import annotations
 
 import json
+import math
 import re
 import time
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import sqlalchemy as sa
+import structlog
 from sqlalchemy.exc import IntegrityError
 from sqlmodel import Session, col, select
 
@@ -39,6 +41,7 @@ from broker.integrations.config import (
     IntegrationConfig,
     merge_patch,
     parse_config,
+    scope_problems,
     static_endpoints,
 )
 from broker.models import ClientSecret, Connection, Integration, IntegrationLog, new_id
@@ -49,9 +52,14 @@ from broker.vault import SecretNotFound, SecretUnreadable, Vault
 from providers.spec import OAuth2, Provider, Secret
 
 DISCOVERY_SECONDS = 3600.0
+REFETCH_SECONDS = 10.0
 TEST_SECONDS = 120.0
+MOST_SECRETS = 10
+MOST_INTEGRATIONS = 10_000
+NO_PROVIDER = "the integration's provider is not in this version's catalog"
 RESERVED_NAMES = frozenset({"export", "import"})
 Status = Literal["configuring", "testing", "active", "inactive", "error"]
+log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,10 +84,12 @@ def secret_owner(integration: str, secret_id: str) -> str:
     return f"integrations/{integration}/{secret_id}"
 
 
-def status_of(row: Integration, *, has_secret: bool, needs_client: bool, at: float) -> Status:
-    """Return the read-only status (pure)."""
+def status_of(row: Integration, *, known: bool = True, has_secret: bool, needs_client: bool, at: float) -> Status:
+    """Return the read-only status (pure). ``known``: the provider is in the catalog."""
     if not row.enabled:
         return "inactive"
+    if not known:
+        return "error"
     if needs_client and not (row.client_id and has_secret):
         return "configuring"
     if row.testing_until is not None and row.testing_until > at:
@@ -108,6 +118,7 @@ class View:
     row: Integration
     status: Status
     secret_ids: tuple[str, ...]
+    status_reason: str | None = None
 
 
 class Integrations:
@@ -130,12 +141,16 @@ class Integrations:
         self._settings = settings
         self.catalog = catalog
         self._discovered: dict[str, tuple[float, Mapping[str, Any]]] = {}
+        self._refetched_at: dict[str, float] = {}
 
     # Reading
 
     async def get(self, name: str) -> View:
         """Return one integration (NotFound)."""
-        return (await self._views([name]))[0]
+        views = await self._views([name])
+        if not views:
+            raise NotFound
+        return views[0]
 
     async def page(self, *, limit: int, before: tuple[float, str] | None = None) -> list[View]:
         """Return the newest integrations first, after the cursor position ``before``."""
@@ -148,39 +163,44 @@ class Integrations:
 
         return await self._views(await self._database.read(work))
 
+    async def every(self) -> list[View]:
+        """Return all integrations, newest first."""
+        return await self.page(limit=MOST_INTEGRATIONS)
+
     async def _views(self, names: Sequence[str]) -> list[View]:
         def work(session: Session) -> list[View]:
             at = now(session)
             rows = {row.name: row for row in session.exec(select(Integration).where(col(Integration.name).in_(names)))}
             secrets: dict[str, list[str]] = {}
             found = select(ClientSecret).where(col(ClientSecret.integration).in_(names))
-            for secret in session.exec(found.order_by(col(ClientSecret.created_at).desc())):
+            for secret in session.exec(_newest_first(found)):
                 secrets.setdefault(secret.integration, []).append(secret.id)
             return [self._view(rows[name], secrets.get(name, []), at) for name in names if name in rows]
 
-        views = await self._database.read(work)
-        if len(views) < len(names):
-            raise NotFound
-        return views
+        return await self._database.read(work)
 
     def _view(self, row: Integration, secret_ids: list[str], at: float) -> View:
         provider = self.catalog.get(row.provider)
         needs_client = provider is not None and provider.oauth2 is not None
         public = row.config.get("client_auth") == "none"
-        status = status_of(row, has_secret=bool(secret_ids) or public, needs_client=needs_client, at=at)
-        return View(row, status, tuple(secret_ids))
+        known, has_secret = provider is not None, bool(secret_ids) or public
+        status = status_of(row, known=known, has_secret=has_secret, needs_client=needs_client, at=at)
+        return View(row, status, tuple(secret_ids), row.test_error if known else NO_PROVIDER)
 
-    async def configured(self, name: str) -> Configured:
-        """Return an integration with its endpoints, discovering them if need be.
+    async def configured(self, name: str, *, endpoints: Endpoints | None = None) -> Configured:
+        """Return an integration with its endpoints, discovering them if need be, or with the given ones.
 
-        Raises NotFound; ProviderUnavailable or UpstreamInvalid when discovery fails.
+        Raises NotFound; Conflict when its provider is no longer in the catalog; ProviderUnavailable or UpstreamInvalid
+        when discovery fails.
         """
         row = await self._database.read(lambda session: session.get(Integration, name))
-        if row is None or row.provider not in self.catalog:
+        if row is None:
             raise NotFound
+        if row.provider not in self.catalog:
+            raise Conflict(NO_PROVIDER)
         provider = self.catalog[row.provider]
         config = IntegrationConfig.model_validate(row.config)
-        return Configured(row, provider, config, await self._endpoints(provider, config))
+        return Configured(row, provider, config, endpoints or await self._endpoints(provider, config))
 
     async def _endpoints(self, provider: Provider, config: IntegrationConfig) -> Endpoints:
         discovered: Mapping[str, Any] = {}
@@ -201,11 +221,14 @@ class Integrations:
         return found
 
     async def jwks(self, url: str, *, again: bool = False) -> Mapping[str, Any]:
-        """Return a provider's signing keys, fetched at most once an hour, or ``again`` at most every 10 seconds."""
+        """Return a provider's signing keys, fetched at most once an hour; ``again``: and anew, every 10 seconds at most."""
         known = self._discovered.get(url)
-        oldest = 10.0 if again else DISCOVERY_SECONDS
-        if known is not None and time.monotonic() - known[0] < oldest:
-            return known[1]
+        if known is not None and time.monotonic() - known[0] < DISCOVERY_SECONDS:
+            refetched_at = self._refetched_at.get(url)
+            if not again or (refetched_at is not None and time.monotonic() - refetched_at < REFETCH_SECONDS):
+                return known[1]
+        if again:
+            self._refetched_at[url] = time.monotonic()
         document = await self._egress.get_json(url)
         if not isinstance(document, Mapping) or not isinstance(document.get("keys"), list):
             raise UpstreamInvalid("the provider's keys are not valid")
@@ -218,7 +241,7 @@ class Integrations:
 
         def work(session: Session) -> list[str]:
             found = select(ClientSecret.id).where(ClientSecret.integration == name)
-            return list(session.exec(found.order_by(col(ClientSecret.created_at).desc())))
+            return list(session.exec(_newest_first(found)))
 
         secrets = [await self._client_secret(name, secret_id) for secret_id in await self._database.read(work)]
         return Client(configured.row.client_id, tuple(secrets), configured.endpoints.client_auth)
@@ -234,10 +257,9 @@ class Integrations:
 
     async def create(self, draft: Draft, actor: Principal | None) -> View:
         """Make an integration (InvalidRequest, Conflict when the name is taken). ``actor`` None: the system itself."""
-        provider = self._checked(draft)
-        row_config = dict(draft.config or {})
-        self._require_admin(actor, before={}, after=row_config, has_connections=False)
-        scopes = list(draft.scopes if draft.scopes is not None else _default_scopes(provider))
+        self.check(draft, actor)
+        provider = self.catalog[draft.provider or ""]
+        stored = await self._stored(draft.name, draft.client_secret)
 
         def work(session: Session) -> None:
             at = now(session)
@@ -246,81 +268,101 @@ class Integrations:
                 provider=provider.name,
                 description=draft.description or "",
                 client_id=draft.client_id or "",
-                scopes=scopes,
-                config=row_config,
+                scopes=list(draft.scopes if draft.scopes is not None else default_scopes(provider)),
+                config=merge_patch({}, draft.config or {}),
                 enabled=True if draft.enabled is None else draft.enabled,
                 created_at=at,
                 updated_at=at,
             )
             session.add(row)
             session.flush()
-            self._audit.append(session, _entry("integration.created", actor, draft.name, provider=provider.name))
+            created = _entry("integration.created", actor, draft.name, provider=provider.name)
+            self._audit.append(session, created, *self._live(session, draft.name, stored, actor))
 
         try:
             await self._database.transaction(work)
         except IntegrityError:
+            await self._discard(draft.name, stored)
             raise Conflict("an integration of this name exists") from None
-        if draft.client_secret is not None:
-            await self.add_secret(draft.name, draft.client_secret, actor)
         return await self.get(draft.name)
 
-    def _checked(self, draft: Draft) -> Provider:
+    def check(self, draft: Draft, actor: Principal | None) -> None:
+        """Raise what stands against making this integration: InvalidRequest by field, Forbidden."""
+        self._checked(draft, merge_patch({}, draft.config or {}))
+        _require_admin(actor, before={}, after=merge_patch({}, draft.config or {}), exists=False)
+
+    def check_change(self, draft: Draft, row: Integration | None, actor: Principal) -> None:
+        """Raise what stands against making a whole integration, or against making ``row`` equal to it."""
+        if row is None:
+            self.check(draft, actor)
+            return
+        config = merge_patch({}, draft.config or {})
+        if draft.provider != row.provider:
+            raise InvalidRequest(errors=[FieldError("/provider", "cannot be changed")])
+        self._checked(draft, config)
+        _require_admin(actor, before=row.config, after=config, exists=True)
+
+    def _checked(self, draft: Draft, config: Mapping[str, Any]) -> None:
+        problems = list(scope_problems(draft.scopes)) if draft.scopes is not None else []
         if not re.fullmatch(NAME_PATTERN, draft.name) or draft.name in RESERVED_NAMES:
-            raise InvalidRequest(errors=[FieldError("/name", "must be 1 to 63 of a-z, 0-9, _ and -")])
+            problems.append(FieldError("/name", "must be 1 to 63 of a-z, 0-9, _ and -, and not a reserved word"))
         provider = self.catalog.get(draft.provider or "")
         if provider is None:
-            raise InvalidRequest(errors=[FieldError("/provider", "is not in the catalog")])
-        parse_config(draft.config or {}, provider, development=self._settings.development)
-        return provider
-
-    def _require_admin(
-        self, actor: Principal | None, *, before: Mapping[str, Any], after: Mapping[str, Any], has_connections: bool
-    ) -> None:
-        if actor is None or "admin" in actor.roles:
-            return
-        if after.get("confirm", "always") != before.get("confirm", "always"):
-            raise Forbidden("only an admin may change what protects the flows")
-        moved = any(before.get(name) != after.get(name) for name in ENDPOINT_FIELDS)
-        if moved and (before or has_connections):
-            raise Forbidden("only an admin may change where credentials go")
+            problems.append(FieldError("/provider", "is not in the catalog"))
+        if problems or provider is None:
+            raise InvalidRequest(errors=problems)
+        parse_config(config, provider, development=self._settings.development)
 
     async def update(self, draft: Draft, actor: Principal | None) -> View:
-        """Change the given fields (RFC 7396 for ``config``). Endpoints of an existing integration need an admin."""
-        current = (await self.get(draft.name)).row
-        config = merge_patch(current.config, draft.config) if draft.config is not None else current.config
-        self._checked(replace(draft, provider=current.provider, config=config))
-        if draft.provider is not None and draft.provider != current.provider:
-            raise InvalidRequest(errors=[FieldError("/provider", "cannot be changed")])
-        self._require_admin(actor, before=current.config, after=config, has_connections=True)
+        """Change the given fields (RFC 7396 for ``config``). Endpoints of an existing integration need an admin.
+
+        Raises NotFound, InvalidRequest, Forbidden. A client secret that is live already is not added again.
+        """
+        stored = await self._stored(draft.name, draft.client_secret)
         changed = {
             name: value
             for name in ("description", "client_id", "scopes", "enabled")
             if (value := getattr(draft, name)) is not None
         }
 
-        def work(session: Session) -> None:
-            values = {**changed, "config": config, "updated_at": now(session), "test_error": None}
-            session.execute(sa.update(Integration).where(col(Integration.name) == draft.name).values(**values))
-            moved = [name for name in ENDPOINT_FIELDS if current.config.get(name) != config.get(name)]
-            fields = sorted([*changed, *(["config"] if config != current.config else [])])
-            self._audit.append(
-                session, _entry("integration.updated", actor, draft.name, fields=fields, endpoints_changed=moved)
-            )
+        def work(session: Session) -> bool:
+            row = self._changeable(session, draft)
+            before, config = dict(row.config), merge_patch(row.config, draft.config or {})
+            self._checked(replace(draft, provider=row.provider), config)
+            _require_admin(actor, before=before, after=config, exists=True)
+            for name, value in {**changed, "config": config, "updated_at": now(session), "test_error": None}.items():
+                setattr(row, name, value)
+            session.flush()
+            moved = [name for name in ENDPOINT_FIELDS if before.get(name) != config.get(name)]
+            fields = sorted([*changed, *(["config"] if config != before else [])])
+            updated = _entry("integration.updated", actor, draft.name, fields=fields, endpoints_changed=moved)
+            added = self._live(session, draft.name, stored, actor)
+            self._audit.append(session, updated, *added)
+            return bool(added)
 
-        await self._database.transaction(work)
-        if draft.client_secret is not None:
-            await self.add_secret(draft.name, draft.client_secret, actor)
+        await self._added_or_discarded(draft.name, stored, work)
         return await self.get(draft.name)
+
+    def _changeable(self, session: Session, draft: Draft) -> Integration:
+        row = session.get(Integration, draft.name, with_for_update=True)
+        if row is None:
+            raise NotFound
+        if draft.provider is not None and draft.provider != row.provider:
+            raise InvalidRequest(errors=[FieldError("/provider", "cannot be changed")])
+        return row
 
     async def delete(self, name: str, actor: Principal | None) -> None:
         """Remove an integration that has no connections any more (Conflict otherwise) and its secrets."""
         view = await self.get(name)
 
         def work(session: Session) -> None:
+            if session.get(Integration, name, with_for_update=True) is None:
+                raise NotFound
             held = session.exec(select(Connection.id).where(Connection.integration == name).limit(1)).first()
             if held is not None:
                 raise Conflict("the integration still has connections; delete or revoke them first")
-            session.execute(sa.delete(ClientSecret).where(col(ClientSecret.integration) == name))
+            for table in (ClientSecret, IntegrationLog):
+                session.execute(sa.delete(table).where(col(table.integration) == name))
             session.execute(sa.delete(Integration).where(col(Integration.name) == name))
             self._audit.append(session, _entry("integration.deleted", actor, name))
 
@@ -328,36 +370,68 @@ class Integrations:
         for secret_id in view.secret_ids:
             await self._vault.destroy(secret_owner(name, secret_id))
 
-    # Client secrets
+    # Client secrets: first into the vault, then the row that names it; a crash between leaves what nobody can reach
 
-    async def add_secret(self, name: str, value: Secret, actor: Principal | None, *, source: str = "api") -> str:
-        """Make a further client secret live, as the newest; return its id. Secret first, then the row that names it."""
+    async def add_secret(
+        self, name: str, value: Secret, actor: Principal | None, *, source: str = "api"
+    ) -> ClientSecret:
+        """Make a further client secret live, as the newest; return its row (NotFound, Conflict for too many).
+
+        One that is live already is not added again; its row is returned.
+        """
+        await self.get(name)
+        stored = await self._stored(name, value, source=source)
+
+        def work(session: Session) -> bool:
+            if session.get(Integration, name, with_for_update=True) is None:
+                raise NotFound
+            added = self._live(session, name, stored, actor)
+            self._audit.append(session, *added)
+            return bool(added)
+
+        await self._added_or_discarded(name, stored, work)
+        digest = self._audit.digest(value.reveal())
+        return next(row for row in await self.secrets(name) if row.value_digest == digest)
+
+    async def _stored(self, name: str, value: Secret | None, *, source: str = "api") -> ClientSecret | None:
+        """Put a client secret into the vault; return the row that will name it."""
+        if value is None:
+            return None
         secret_id = new_id("key")
         await self._vault.put(secret_owner(name, secret_id), {"client_secret": value.reveal()}, expected_version=0)
-
-        def work(session: Session) -> None:
-            if session.get(Integration, name) is None:
-                raise NotFound
-            session.add(
-                ClientSecret(
-                    id=secret_id,
-                    integration=name,
-                    source=source,
-                    value_digest=self._audit.digest(value.reveal()),
-                    created_at=now(session),
-                )
-            )
-            session.flush()
-            self._audit.append(session, _entry("integration.secret_added", actor, name, secret_id=secret_id))
-
-        await self._database.transaction(work)
-        return secret_id
-
-    async def add_secret_once(self, name: str, value: Secret, actor: Principal | None, *, source: str) -> None:
-        """Make a client secret live unless it is already."""
         digest = self._audit.digest(value.reveal())
-        if digest not in {row.value_digest for row in await self.secrets(name)}:
-            await self.add_secret(name, value, actor, source=source)
+        return ClientSecret(id=secret_id, integration=name, source=source, value_digest=digest, created_at=0.0)
+
+    def _live(
+        self, session: Session, name: str, stored: ClientSecret | None, actor: Principal | None
+    ) -> tuple[Entry, ...]:
+        """Make a stored secret live unless it is already; return what the audit is to hold. The integration is locked."""
+        if stored is None:
+            return ()
+        held = list(session.exec(select(ClientSecret).where(ClientSecret.integration == name)))
+        if any(row.value_digest == stored.value_digest for row in held):
+            return ()
+        if len(held) >= MOST_SECRETS and stored.source == "api":
+            raise Conflict(f"there are {MOST_SECRETS} live client secrets; delete one first")
+        session.add(ClientSecret(**{**stored.model_dump(), "created_at": now(session)}))
+        session.flush()
+        return (_entry("integration.secret_added", actor, name, secret_id=stored.id),)
+
+    async def _added_or_discarded(
+        self, name: str, stored: ClientSecret | None, work: Callable[[Session], bool]
+    ) -> None:
+        """Run a transaction that says whether it made ``stored`` live; what is certainly not live is destroyed."""
+        try:
+            added = await self._database.transaction(work)
+        except (NotFound, InvalidRequest, Forbidden, Conflict):
+            await self._discard(name, stored)
+            raise
+        if not added:
+            await self._discard(name, stored)
+
+    async def _discard(self, name: str, stored: ClientSecret | None) -> None:
+        if stored is not None:
+            await self._vault.destroy(secret_owner(name, stored.id))
 
     async def secret_values(self, name: str) -> list[Secret]:
         """Return the live client secrets themselves, newest first, for a sealed export."""
@@ -367,9 +441,7 @@ class Integrations:
         """Return the live client secrets' rows, newest first (NotFound): ids and times, no values."""
         await self.get(name)
         found = select(ClientSecret).where(ClientSecret.integration == name)
-        return await self._database.read(
-            lambda session: list(session.exec(found.order_by(col(ClientSecret.created_at).desc())))
-        )
+        return await self._database.read(lambda session: list(session.exec(_newest_first(found))))
 
     async def delete_secret(self, name: str, secret_id: str, actor: Principal | None) -> None:
         """Take a client secret out of use and destroy it (NotFound)."""
@@ -384,6 +456,10 @@ class Integrations:
 
         await self._database.transaction(work)
         await self._vault.destroy(secret_owner(name, secret_id))
+
+    async def note_export(self, actor: Principal | None) -> None:
+        """Record durably that all client secrets leave, sealed (AuditUnavailable: then they must not)."""
+        await self._audit.record(_entry("integration.exported", actor, None))
 
     # Pinning
 
@@ -408,40 +484,49 @@ class Integrations:
     # Start-up
 
     async def create_from_settings(self) -> None:
-        """Create what the environment and the integrations file name, if absent; take ids and secrets from there."""
+        """Create what the environment and the integrations file name, if absent; take ids and secrets from there.
+
+        Raises SettingsError. Several replicas may do it at once.
+        """
         for provider in self.catalog.values():
-            await self._from_environment(provider)
+            draft = self._from_environment(provider)
+            if draft is not None:
+                await self._ensure(draft, source="environment", setting=f"{provider.env_prefix}_CLIENT_ID")
         if self._settings.integrations_file is not None:
             for draft in parse_file(self._settings.integrations_file):
-                await self._ensure(draft, source="file")
+                await self._ensure(draft, source="file", setting="BROKER_INTEGRATIONS_FILE")
 
-    async def _from_environment(self, provider: Provider) -> None:
-        credentials = self._settings.provider_credentials
-        client_id = credentials.get(f"{provider.env_prefix}_CLIENT_ID")
-        client_secret = credentials.get(f"{provider.env_prefix}_CLIENT_SECRET")
-        if provider.env_prefix and client_id and client_secret:
-            draft = Draft(provider.name, provider.name, client_id=client_id, client_secret=Secret(client_secret))
-            await self._ensure(draft, source="environment")
+    def _from_environment(self, provider: Provider) -> Draft | None:
+        if provider.env_prefix is None:
+            return None
+        names = [f"{provider.env_prefix}_CLIENT_ID", f"{provider.env_prefix}_CLIENT_SECRET"]
+        client_id, client_secret = map(self._settings.provider_credentials.get, names)
+        if client_id and client_secret:
+            return Draft(provider.name, provider.name, client_id=client_id, client_secret=Secret(client_secret))
+        if client_id or client_secret:
+            log.warning("settings.half_a_client", names=names)
+        return None
 
-    async def _ensure(self, draft: Draft, *, source: str) -> None:
+    async def _ensure(self, draft: Draft, *, source: str, setting: str) -> None:
         try:
             view = await self.get(draft.name)
         except NotFound:
-            await self._create_once(draft)
+            await self._create_once(draft, setting)
             view = await self.get(draft.name)
+        if view.row.provider != draft.provider:  # else its secret would go to another provider's endpoints
+            raise SettingsError(f"{setting}: the integration {draft.name} exists and belongs to another provider")
         if draft.client_id and view.row.client_id != draft.client_id:
             await self.update(Draft(draft.name, client_id=draft.client_id), None)
         if draft.client_secret is not None:
-            await self.add_secret_once(draft.name, draft.client_secret, None, source=source)
+            await self.add_secret(draft.name, draft.client_secret, None, source=source)
 
-    async def _create_once(self, draft: Draft) -> None:
+    async def _create_once(self, draft: Draft, setting: str) -> None:
         try:
             await self.create(replace(draft, client_secret=None), None)
         except Conflict:
             return  # another replica was first
         except InvalidRequest as error:
-            fields = ", ".join(f"{item.pointer} {item.detail}" for item in error.errors)
-            raise SettingsError(f"BROKER_INTEGRATIONS_FILE: integration {draft.name}: {fields}") from None
+            raise SettingsError(f"{setting}: integration {draft.name}: {_told(error)}") from None
 
     # Testing
 
@@ -480,14 +565,18 @@ class Integrations:
 
         await self._database.transaction(work)
 
-    async def logs(self, name: str, *, limit: int, level: str | None, text: str | None) -> list[IntegrationLog]:
-        """Return recent lines, newest first, by level and by a part of their text (NotFound)."""
+    async def logs(
+        self, name: str, *, limit: int, level: str | None, text: str | None, before_id: int | None = None
+    ) -> list[IntegrationLog]:
+        """Return recent lines, newest first, by level and by a part of their text, before a line (NotFound)."""
         await self.get(name)
         query = select(IntegrationLog).where(IntegrationLog.integration == name)
         if level is not None:
             query = query.where(IntegrationLog.level == level)
         if text is not None:
             query = query.where(col(IntegrationLog.text).contains(text, autoescape=True))
+        if before_id is not None:
+            query = query.where(col(IntegrationLog.id) < before_id)
         query = query.order_by(col(IntegrationLog.id).desc()).limit(limit)
         return await self._database.read(lambda session: list(session.exec(query)))
 
@@ -506,12 +595,13 @@ class Integrations:
 def summary(lines: Sequence[IntegrationLog]) -> dict[str, Any]:
     """Return total, success rate, mean and 95th percentile latency and last activity of log lines (pure)."""
     timed = sorted(line.duration_ms for line in lines if line.duration_ms is not None)
+    rank = math.ceil(len(timed) * 0.95)  # nearest rank
     good = sum(1 for line in lines if line.level != "error")
     return {
         "total": len(lines),
         "success_rate": good / len(lines) if lines else None,
         "mean_latency_ms": sum(timed) / len(timed) if timed else None,
-        "p95_latency_ms": timed[min(len(timed) - 1, int(len(timed) * 0.95))] if timed else None,
+        "p95_latency_ms": timed[rank - 1] if timed else None,
         "last_activity_at": max((line.at for line in lines), default=None),
     }
 
@@ -521,24 +611,72 @@ def parse_file(path: Path) -> list[Draft]:
     try:
         text = path.read_text(encoding="utf-8")
         document = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
-        return [draft_from(item) for item in document["integrations"]]
-    except (OSError, ValueError, KeyError, TypeError, InvalidRequest):
-        raise SettingsError("BROKER_INTEGRATIONS_FILE: must be JSON or TOML with a list of integrations") from None
+        return drafts_from(document["integrations"])
+    except InvalidRequest as error:
+        problem = _told(error)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        problem = "must be JSON or TOML with a list of integrations"
+    raise SettingsError(f"BROKER_INTEGRATIONS_FILE: {problem}")
 
 
-def draft_from(item: Mapping[str, Any]) -> Draft:
-    """Return a Draft from a document's entry (InvalidRequest names an unknown field)."""
-    known = {"name", "provider", "description", "client_id", "client_secret", "scopes", "config", "enabled"}
-    unknown = sorted(item.keys() - known)
-    if unknown or not isinstance(item.get("name"), str):
-        raise InvalidRequest(errors=[FieldError(f"/{name}", "is not a field") for name in unknown or ["name"]])
-    secret = item.get("client_secret")
-    return Draft(**{**item, "client_secret": Secret(secret) if secret else None})
+def drafts_from(items: object) -> list[Draft]:
+    """Return the Drafts of a document's list (InvalidRequest points at each wrong entry). Values are not checked further."""
+    if not isinstance(items, list) or len(items) > MOST_INTEGRATIONS:
+        raise InvalidRequest(errors=[FieldError("/integrations", "must be a list of integrations")])
+    problems = [problem for at, item in enumerate(items) for problem in _entry_problems(item, f"/integrations/{at}")]
+    if not problems and len({item["name"] for item in items}) < len(items):
+        problems = [FieldError("/integrations", "holds one name twice")]
+    if problems:
+        raise InvalidRequest(errors=problems)
+    return [Draft(**{**item, "client_secret": _secret_or_none(item.get("client_secret"))}) for item in items]
 
 
-def _default_scopes(provider: Provider) -> tuple[str, ...]:
-    return provider.oauth2.default_scopes if provider.oauth2 is not None else ()
+def _secret_or_none(value: str | None) -> Secret | None:
+    return Secret(value) if value else None
 
 
-def _entry(action: str, actor: Principal | None, name: str, **detail: Any) -> Entry:  # noqa: ANN401 - JSON values
+def _entry_problems(item: object, pointer: str) -> list[FieldError]:
+    if not isinstance(item, dict) or item.keys() - _ENTRY_TYPES.keys():
+        return [FieldError(pointer, "must be an object of " + ", ".join(_ENTRY_TYPES))]
+    problems = [FieldError(f"{pointer}/{name}", "is required") for name in ("name", "provider") if name not in item]
+    for name, kind in _ENTRY_TYPES.items():
+        if name in item and not isinstance(item[name], kind):
+            problems.append(FieldError(f"{pointer}/{name}", f"must be {_SAID[kind]}"))
+    return problems
+
+
+_ENTRY_TYPES: Mapping[str, type] = {
+    **dict.fromkeys(("name", "provider", "description", "client_id", "client_secret"), str),
+    "scopes": list,
+    "config": dict,
+    "enabled": bool,
+}
+_SAID: Mapping[type, str] = {str: "a string", list: "a list of strings", dict: "an object", bool: "true or false"}
+
+
+def default_scopes(provider: Provider | None) -> tuple[str, ...]:
+    """Return the scopes that an integration of this provider asks for by itself."""
+    return provider.oauth2.default_scopes if provider is not None and provider.oauth2 is not None else ()
+
+
+def _require_admin(
+    actor: Principal | None, *, before: Mapping[str, Any], after: Mapping[str, Any], exists: bool
+) -> None:
+    if actor is None or "admin" in actor.roles:
+        return
+    if after.get("confirm", "always") != before.get("confirm", "always"):
+        raise Forbidden("only an admin may change what protects the flows")
+    if exists and any(before.get(name) != after.get(name) for name in ENDPOINT_FIELDS):
+        raise Forbidden("only an admin may change where credentials go")
+
+
+def _newest_first(query: Any) -> Any:  # noqa: ANN401 - a select of rows or of ids
+    return query.order_by(col(ClientSecret.created_at).desc(), col(ClientSecret.id).desc())
+
+
+def _told(error: InvalidRequest) -> str:
+    return ", ".join(f"{item.pointer} {item.detail}" for item in error.errors) or error.detail
+
+
+def _entry(action: str, actor: Principal | None, name: str | None, **detail: Any) -> Entry:  # noqa: ANN401 - JSON values
     return Entry(action=action, actor=actor.caller_id if actor else "system", integration=name, detail=detail)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -15,24 +16,29 @@ from providers.spec import RESERVED_AUTHORIZE_PARAMS, ClientAuth, OAuth2, Provid
 NAME_PATTERN = r"[a-z0-9][a-z0-9_-]{0,62}"
 URL_FIELDS = ("authorize_url", "token_url", "revoke_url", "device_url", "jwks_url", "userinfo_url")
 ENDPOINT_FIELDS = (*URL_FIELDS, "issuer", "api_base_url", "hosts")
+Url = Annotated[str, Field(min_length=1, max_length=2048)]
+HostName = Annotated[str, Field(pattern=r"^([a-z0-9][a-z0-9_-]{0,30})?\z")]
+ParameterName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}\z")]
+ParameterValue = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]{0,512}\z")]
+Status = Annotated[int, Field(ge=400, le=599)]
 
 
 class RetryConfig(BaseModel):
     """How proxied calls are retried."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     max_attempts: int = Field(3, ge=1, le=10)
     backoff: Literal["exponential", "linear"] = "exponential"
     initial_delay_seconds: float = Field(0.2, gt=0, le=60)
     max_delay_seconds: float = Field(30, gt=0, le=600)
-    retry_on: list[int] = Field(default_factory=lambda: [429, 502, 503, 504])
+    retry_on: list[Status] = Field(default_factory=lambda: [429, 502, 503, 504], max_length=50)
 
 
 class RateLimitConfig(BaseModel):
     """How many proxied calls in which window."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     max_requests: int = Field(ge=1)
     window_seconds: float = Field(gt=0)
@@ -42,7 +48,7 @@ class RateLimitConfig(BaseModel):
 class CircuitBreakerConfig(BaseModel):
     """When proxied calls are paused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     failure_threshold: int = Field(5, ge=1)
     recovery_seconds: float = Field(30, gt=0)
@@ -52,7 +58,7 @@ class CircuitBreakerConfig(BaseModel):
 class CacheConfig(BaseModel):
     """Whether proxied answers may be cached."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     enabled: bool = False
 
@@ -60,19 +66,19 @@ class CacheConfig(BaseModel):
 class IntegrationConfig(BaseModel):
     """The ``config`` of an integration: overrides of the provider's file, and how its flows behave."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
-    issuer: str | None = None
-    authorize_url: str | None = None
-    token_url: str | None = None
-    revoke_url: str | None = None
-    device_url: str | None = None
-    jwks_url: str | None = None
-    userinfo_url: str | None = None
-    api_base_url: str | None = None
-    hosts: dict[str, str] | None = None
+    issuer: Url | None = None
+    authorize_url: Url | None = None
+    token_url: Url | None = None
+    revoke_url: Url | None = None
+    device_url: Url | None = None
+    jwks_url: Url | None = None
+    userinfo_url: Url | None = None
+    api_base_url: Url | None = None
+    hosts: Annotated[dict[HostName, Url], Field(max_length=50)] | None = None
     client_auth: Literal["client_secret_basic", "client_secret_post", "private_key_jwt", "none"] | None = None
-    authorize_params: dict[str, str] = Field(default_factory=dict)
+    authorize_params: dict[ParameterName, ParameterValue] = Field(default_factory=dict, max_length=50)
     confirm: Literal["always", "without_session"] = "always"
     confirm_seconds: float = Field(600, ge=1, le=86_400)
     require_session: bool = False
@@ -114,20 +120,28 @@ def parse_config(raw: Mapping[str, Any], provider: Provider, *, development: boo
 
 
 def _field_errors(error: ValidationError) -> list[FieldError]:
+    """Return the problems; a name that we do not know is not echoed: it may be a secret in the wrong place."""
     return [
-        FieldError("/config/" + "/".join(map(str, item["loc"])), item["msg"])
-        for item in error.errors(include_input=False, include_url=False)
+        FieldError("/config" + "".join(f"/{part}" for part in item["loc"] if _is_ours(part)), item["msg"])
+        for item in error.errors(include_input=False, include_url=False, include_context=False)
     ]
+
+
+def _is_ours(part: str | int) -> bool:
+    return isinstance(part, int) or re.fullmatch(r"[a-z][a-z0-9_]{0,31}", part) is not None
 
 
 def _url_problems(config: IntegrationConfig, *, development: bool) -> list[FieldError]:
     urls = {name: getattr(config, name) for name in (*URL_FIELDS, "issuer", "api_base_url")}
     urls.update({f"hosts/{name}": url for name, url in (config.hosts or {}).items()})
-    return [
+    problems = [
         FieldError(f"/config/{name}", "must be an https URL without credentials or fragment")
         for name, url in urls.items()
         if url is not None and not _good_url(url, development=development)
     ]
+    if config.issuer is not None and "?" in config.issuer:
+        problems.append(FieldError("/config/issuer", "must have no query (OpenID Connect Discovery 3)"))
+    return problems
 
 
 def _good_url(url: str, *, development: bool) -> bool:
@@ -166,6 +180,25 @@ def static_endpoints(provider: Provider, config: IntegrationConfig, discovered: 
     auth = config.client_auth or discovered.get("client_auth") or oauth2.client_auth
     required = oauth2.callback_iss == "required" or bool(discovered.get("iss_in_callback"))
     return Endpoints(urls, hosts, issuer, cast("ClientAuth", auth), required)
+
+
+def is_scope(value: object) -> bool:
+    """Say whether a value is one scope (RFC 6749 3.3) of sensible length (pure)."""
+    return isinstance(value, str) and re.fullmatch(r"[\x21\x23-\x5b\x5d-\x7e]{1,512}", value) is not None
+
+
+def scope_problems(scopes: object) -> list[FieldError]:
+    """Return what is wrong with a list of scopes (pure)."""
+    if not isinstance(scopes, list | tuple) or len(scopes) > 200:
+        return [FieldError("/scopes", "must be a list of at most 200 scopes")]
+    problems = [
+        FieldError(f"/scopes/{at}", "is not a scope (RFC 6749 3.3)")
+        for at, one in enumerate(scopes)
+        if not is_scope(one)
+    ]
+    if not problems and len(set(scopes)) < len(scopes):
+        problems.append(FieldError("/scopes", "holds one twice"))
+    return problems
 
 
 def merge_patch(target: Mapping[str, Any], patch: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import secrets
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
+import msgspec
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 
-from broker.errors import FieldError, InvalidRequest, NotFound
-from broker.integrations import Integrations, draft_from
+from broker.errors import FieldError, InvalidRequest
+from broker.integrations import Draft, Integrations, drafts_from
+from broker.models import Integration
 from broker.policy import Principal
 from providers.spec import Secret
 
@@ -23,71 +27,77 @@ SCRYPT_COST = 2**15
 BOUND_TO = FORMAT.encode()
 
 
-async def export_document(integrations: Integrations, passphrase: Secret | None) -> dict[str, Any]:
+async def export_document(
+    integrations: Integrations, passphrase: Secret | None, principal: Principal | None = None
+) -> dict[str, Any]:
     """Return ``{format, integrations, sealed_secrets?}``; without a passphrase no secret is in it.
 
-    Raises InvalidRequest for a passphrase under 12 characters.
+    Raises InvalidRequest for a passphrase under 12 characters, AuditUnavailable when a sealed export cannot be recorded.
     """
-    rows = [view.row for view in await integrations.page(limit=10_000)]
-    document: dict[str, Any] = {
-        "format": FORMAT,
-        "integrations": [
-            {
-                "name": row.name,
-                "provider": row.provider,
-                "description": row.description,
-                "client_id": row.client_id,
-                "scopes": row.scopes,
-                "config": row.config,
-                "enabled": row.enabled,
-            }
-            for row in rows
-        ],
-    }
-    if passphrase is not None:
-        values = {row.name: [s.reveal() for s in await integrations.secret_values(row.name)] for row in rows}
-        document["sealed_secrets"] = seal(json.dumps(values).encode(), passphrase)
-    return document
+    rows = [view.row for view in await integrations.every()]
+    fields = ("name", "provider", "description", "client_id", "scopes", "config", "enabled")
+    shown = [{name: getattr(row, name) for name in fields} for row in rows]
+    document: dict[str, Any] = {"format": FORMAT, "integrations": shown}
+    if passphrase is None:
+        return document
+    values = {row.name: [s.reveal() for s in await integrations.secret_values(row.name)] for row in rows}
+    sealed = await asyncio.to_thread(seal, json.dumps(values).encode(), passphrase)  # scrypt takes a tenth of a second
+    await integrations.note_export(principal)
+    return {**document, "sealed_secrets": sealed}
 
 
 async def import_document(
     integrations: Integrations, document: Mapping[str, Any], passphrase: Secret | None, principal: Principal
 ) -> dict[str, Any]:
-    """Create what is absent and change what is there; return ``{created, updated}`` names.
+    """Create what is absent and make what is there equal to the document; return ``{created, updated}`` names.
 
-    Everything is read and opened before anything is written. Raises InvalidRequest for another format, a wrong passphrase,
-    or a field; Forbidden when an endpoint would change and the caller is no admin.
+    Everything is read, opened and checked before anything is written. Raises InvalidRequest for another format, a wrong
+    passphrase, or a field; Forbidden when an endpoint would change and the caller is no admin. Client secrets are added,
+    none is taken away.
     """
-    if document.get("format") != FORMAT or not isinstance(document.get("integrations"), list):
+    if document.get("format") != FORMAT:
         raise InvalidRequest(errors=[FieldError("/format", f"must be {FORMAT}")])
     if document.keys() - {"format", "integrations", "sealed_secrets"}:
         raise InvalidRequest("the document has an unknown field")
-    drafts = [draft_from(item) for item in document["integrations"]]
+    drafts = drafts_from(document.get("integrations"))
     if any(draft.client_secret is not None for draft in drafts):
         raise InvalidRequest("secrets travel only sealed, in sealed_secrets")
-    opened = _opened(document, passphrase)
-    done: dict[str, list[str]] = {"created": [], "updated": []}
+    opened = await _opened(document, passphrase, {draft.name for draft in drafts})
+    known = {view.row.name: view.row for view in await integrations.every()}
     for draft in drafts:
-        try:
-            await integrations.get(draft.name)
-        except NotFound:
-            await integrations.create(draft, principal)
-            done["created"].append(draft.name)
+        integrations.check_change(draft, known.get(draft.name), principal)
+    for draft in drafts:
+        if draft.name in known:
+            await integrations.update(_replacing(draft, known[draft.name]), principal)
         else:
-            await integrations.update(draft, principal)
-            done["updated"].append(draft.name)
+            await integrations.create(draft, principal)
         for value in reversed(opened.get(draft.name, [])):
-            await integrations.add_secret_once(draft.name, Secret(value), principal, source="import")
-    return done
+            await integrations.add_secret(draft.name, Secret(value), principal, source="import")
+    names = [draft.name for draft in drafts]
+    return {"created": [n for n in names if n not in known], "updated": [n for n in names if n in known]}
 
 
-def _opened(document: Mapping[str, Any], passphrase: Secret | None) -> dict[str, list[str]]:
+def _replacing(draft: Draft, row: Integration) -> Draft:
+    """Return a change after which ``config`` is the document's: what it does not name goes."""
+    return replace(draft, config={**dict.fromkeys(row.config), **(draft.config or {})})
+
+
+async def _opened(
+    document: Mapping[str, Any], passphrase: Secret | None, names: Collection[str]
+) -> dict[str, list[str]]:
     sealed = document.get("sealed_secrets")
     if sealed is None:
         return {}
     if passphrase is None:
         raise InvalidRequest("the document holds sealed secrets: send their passphrase")
-    return dict(json.loads(unseal(sealed, passphrase)))
+    plaintext = await asyncio.to_thread(unseal, sealed, passphrase)
+    try:
+        opened = msgspec.json.decode(plaintext, type=dict[str, list[str]])
+    except msgspec.MsgspecError:
+        raise InvalidRequest("the sealed secrets are not what an export makes") from None
+    if opened.keys() - names:
+        raise InvalidRequest("the document holds secrets of integrations that it does not hold")
+    return opened
 
 
 def seal(plaintext: bytes, passphrase: Secret) -> dict[str, str]:
@@ -102,12 +112,15 @@ def seal(plaintext: bytes, passphrase: Secret) -> dict[str, str]:
 
 def unseal(sealed: object, passphrase: Secret) -> bytes:
     """Open what ``seal`` made (InvalidRequest, one answer for every way in which it does not open)."""
+    refusal = InvalidRequest("the sealed secrets do not open with this passphrase")
+    parts = sealed if isinstance(sealed, dict) else {}
+    if parts.keys() != {"salt", "nonce", "ciphertext"}:
+        raise refusal
     try:
-        assert isinstance(sealed, dict)  # noqa: S101 - caught below with the other shapes
-        salt, nonce, ciphertext = (base64.b64decode(sealed[name]) for name in ("salt", "nonce", "ciphertext"))
+        salt, nonce, ciphertext = (base64.b64decode(parts[name]) for name in ("salt", "nonce", "ciphertext"))
         return AESGCM(_key(passphrase, salt)).decrypt(nonce, ciphertext, BOUND_TO)
-    except (AssertionError, KeyError, TypeError, ValueError, InvalidTag):
-        raise InvalidRequest("the sealed secrets do not open with this passphrase") from None
+    except (TypeError, ValueError, InvalidTag):
+        raise refusal from None
 
 
 def _key(passphrase: Secret, salt: bytes) -> bytes:

@@ -6,21 +6,33 @@ win. Where the same account is connected already, its connection takes over the 
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import sqlalchemy as sa
+import structlog
 from sqlalchemy.exc import IntegrityError
 from sqlmodel import Session, col, select
 
 from broker import policy
 from broker.audit import Audit, Entry
-from broker.credentials import Claimed, Credentials, require_lease, secret_owner
+from broker.credentials import Claimed, Credentials, LeaseLost, require_lease, secret_owner
 from broker.database import Database, now
-from broker.errors import ConfirmInvalid, Conflict, InvalidRequest, NotFound, SubjectMismatch
+from broker.errors import (
+    BrokerError,
+    ConfirmInvalid,
+    Conflict,
+    Forbidden,
+    InvalidRequest,
+    NotFound,
+    SubjectMismatch,
+    UpstreamTimeout,
+)
 from broker.models import Connection, Flow
 from broker.policy import Principal, Target
 from broker.sessions import same_digest
@@ -29,6 +41,8 @@ from broker.vault import SecretNotFound, Vault
 REPEAT_SECONDS = 120.0
 CLAIM_SECONDS = 60.0
 RACES = 5
+SWEPT_AT_ONCE = 20
+log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +59,15 @@ class Confirm:
         """A digest by which a repeat of the same body is known."""
         body = json.dumps([self.connection_id, self.code, self.subject, self.return_to])
         return hashlib.sha256(body.encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Newcomer:
+    """What is known of a credential that may be merged into a connection: whose, by which client, and sent where."""
+
+    account_id: str | None
+    client_id: str
+    pins: Mapping[str, Any]
 
 
 class _Lost(Exception):
@@ -65,14 +88,13 @@ class Confirmations:
         """Return the surviving connection. Checked in order: grant, code, subject.
 
         Raises NotFound or Forbidden by the caller's grants, ConfirmInvalid (nothing changed), InvalidRequest when a flow
-        without a session is confirmed without ``return_to`` (nothing changed), SubjectMismatch (the flow is burnt). The same
-        caller repeating the same body within 120 s gets the same connection.
+        without a session is confirmed without ``return_to`` (nothing changed), SubjectMismatch (the flow is burnt), Conflict
+        or UpstreamTimeout when the connection to merge into cannot take the secret now (nothing changed). The same caller
+        repeating the same body within 120 s gets the same connection.
         """
-        flow, at = await self._flow_of(wanted.connection_id, principal)
-        policy.require(principal, "connect", Target(flow.integration, wanted.subject, flow.tags))
+        flow, pending, at = await self._flow_of(wanted, principal)
         if _repeats(flow, wanted, principal, at):
             return await self._connection(flow.surviving_id or "")
-        pending = await self._database.read(lambda session: session.get(Connection, wanted.connection_id))
         if pending is None or not _code_fits(flow, pending, wanted.code, at):
             raise ConfirmInvalid
         if not _subject_fits(flow, wanted):
@@ -81,23 +103,31 @@ class Confirmations:
         try:
             return await self._activate(flow, pending, wanted.subject, principal, wanted.body_digest)
         except _Lost:
-            flow, at = await self._flow_of(wanted.connection_id, principal)
+            flow, _, at = await self._flow_of(wanted, principal)
             if _repeats(flow, wanted, principal, at):
                 return await self._connection(flow.surviving_id or "")
             raise ConfirmInvalid from None
 
-    async def _flow_of(self, connection_id: str, principal: Principal) -> tuple[Flow, float]:
-        def work(session: Session) -> tuple[Flow | None, Connection | None, float]:
-            flow = session.exec(select(Flow).where(Flow.connection_id == connection_id)).first()
-            return flow, session.get(Connection, connection_id), now(session)
+    async def _flow_of(self, wanted: Confirm, principal: Principal) -> tuple[Flow, Connection | None, float]:
+        """Return the flow, its connection as it is now, and the time, if the caller may confirm it (NotFound, Forbidden).
 
-        flow, row, at = await self._database.read(work)
-        if flow is not None:
-            return flow, at
-        if row is not None and row.deleted_at is None:
-            policy.require(principal, "connect", Target(row.integration, row.subject, row.tags))
+        The connection is read before the flow: whoever sees a connection that is no longer pending sees a flow that was
+        confirmed, so a repeat is known as one also while the first confirm commits.
+        """
+
+        def work(session: Session) -> tuple[Connection | None, Flow | None, float]:
+            row = session.get(Connection, wanted.connection_id)
+            flow = session.exec(select(Flow).where(Flow.connection_id == wanted.connection_id)).first()
+            return row, flow, now(session)
+
+        row, flow, at = await self._database.read(work)
+        known = row or flow
+        if known is None or (flow is None and row is not None and row.deleted_at is not None):
+            raise NotFound
+        policy.require(principal, "connect", Target(known.integration, wanted.subject, known.tags))
+        if flow is None:
             raise ConfirmInvalid
-        raise NotFound
+        return flow, row, at
 
     async def _connection(self, connection_id: str) -> Connection:
         row = await self._database.read(lambda session: session.get(Connection, connection_id))
@@ -105,8 +135,12 @@ class Confirmations:
             raise NotFound
         return row
 
-    async def activate_at_once(self, connection_id: str) -> Connection:
-        """Activate a session-bound flow without a confirm, where ``config.confirm`` is ``without_session``."""
+    async def activate_at_once(self, connection_id: str) -> Connection | None:
+        """Activate a session-bound flow without a confirm, where ``config.confirm`` is ``without_session``.
+
+        None, and the connection stays pending, where it would have to merge into a connection that the session's tags do
+        not describe, or that cannot take it now: nobody's grants are at hand here to judge such a write, so a confirm has to.
+        """
 
         def work(session: Session) -> tuple[Flow | None, Connection | None]:
             flow = session.exec(select(Flow).where(Flow.connection_id == connection_id)).first()
@@ -117,8 +151,8 @@ class Confirmations:
             raise NotFound
         try:
             return await self._activate(flow, pending, flow.subject, None, "")
-        except _Lost:
-            raise ConfirmInvalid from None
+        except (Conflict, Forbidden, UpstreamTimeout, _Lost):
+            return None
 
     async def _activate(
         self, flow: Flow, pending: Connection, subject: str, principal: Principal | None, body_digest: str
@@ -129,12 +163,10 @@ class Confirmations:
         }
         for _ in range(RACES):
             existing = await self._existing(flow, pending, subject)
-            try:
-                if existing is None:
-                    return await self._make_active(flow, pending, subject, principal, settled)
-                return await self._merge(flow, pending, existing, principal, settled)
-            except IntegrityError:
-                continue  # another confirm of the same account was faster: merge into its connection
+            if existing is not None:
+                return await self._merge(flow, pending, existing, subject, principal, settled)
+            with contextlib.suppress(IntegrityError):  # another confirm of this account was faster: merge into its own
+                return await self._make_active(flow, pending, subject, principal, settled)
         raise Conflict("several flows of this account are being confirmed at once; try again")
 
     async def _existing(self, flow: Flow, pending: Connection, subject: str) -> str | None:
@@ -171,27 +203,64 @@ class Confirmations:
         return await self._database.transaction(work)
 
     async def _merge(
-        self, flow: Flow, pending: Connection, existing_id: str, principal: Principal | None, settled: Mapping[str, Any]
+        self,
+        flow: Flow,
+        pending: Connection,
+        existing_id: str,
+        subject: str,
+        principal: Principal | None,
+        settled: Mapping[str, Any],
     ) -> Connection:
-        """Move the pending secret into the existing connection, under its lease; keep its old refresh token if need be."""
-        async with self._credentials.holding(existing_id) as claimed:
-            if claimed.row.deleted_at is not None:
-                raise Conflict("the connection was deleted meanwhile")
-            tags = {**claimed.row.tags, **flow.tags}
-            if principal is not None:
-                row = claimed.row
-                before, after = (
-                    Target(row.integration, row.subject, row.tags),
-                    Target(row.integration, row.subject, tags),
-                )
-                policy.require_write(principal, "connect", before, after)
-            await self._database.transaction(lambda session: _claim(session, flow.id))
-            value = await self._merged_value(pending, claimed)
-            version = await self._credentials.put(existing_id, value, expected_version=claimed.row.secret_version)
-            changes = _moved(pending, claimed.row, version, refreshable="refresh_token" in value)
-            survivor = await self._record_merge(flow, pending, claimed, {**changes, "tags": tags}, principal, settled)
-        await self._credentials.destroy(pending.id)
+        """Move the pending secret into the existing connection, under its lease; keep its old refresh token if need be.
+
+        What can be refused is refused before the vault is written: a version that no row names pushes out older ones.
+        """
+        try:
+            async with self._credentials.holding(existing_id) as claimed:
+                _require_fit(pending, claimed.row, subject)
+                tags = _merged_tags(flow, pending, claimed.row, principal)
+                await self._require_only_one(pending, claimed.row)
+                await self._database.transaction(lambda session: _claim(session, flow.id))
+                async with self._claim_given_back(flow.id):
+                    value = await self._merged_value(pending, claimed)
+                    version = await self._credentials.put(
+                        existing_id, value, expected_version=claimed.row.secret_version
+                    )
+                    changes = {**_moved(pending, claimed.row, value), "secret_version": version, "tags": tags}
+                    survivor = await self._record_merge(flow, pending, claimed, changes, principal, settled)
+        except (NotFound, LeaseLost, IntegrityError):
+            raise Conflict("the connection of this account changed meanwhile; try again") from None
+        with contextlib.suppress(BrokerError):  # it is merged; what stays of the pending secret is swept
+            await self._credentials.destroy(pending.id)
         return survivor
+
+    @contextlib.asynccontextmanager
+    async def _claim_given_back(self, flow_id: str) -> AsyncIterator[None]:
+        """Give a claim back when the block fails, so that the caller may try again at once."""
+        given_back = sa.update(Flow).where(col(Flow.id) == flow_id, col(Flow.confirmed_at).is_(None))
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(BrokerError):
+                await self._database.transaction(
+                    lambda session: session.execute(given_back.values(confirm_claimed_at=None))
+                )
+            raise
+
+    async def _require_only_one(self, pending: Connection, row: Connection) -> None:
+        """Raise Conflict when a connection without a known account turns out to be one that is connected already."""
+        if row.account_id == pending.account_id:
+            return
+        other = select(Connection.id).where(
+            Connection.integration == row.integration,
+            Connection.subject == row.subject,
+            Connection.account_id == pending.account_id,
+            Connection.id != row.id,
+            Connection.status != "pending",
+            col(Connection.deleted_at).is_(None),
+        )
+        if await self._database.read(lambda session: session.exec(other).first()) is not None:
+            raise Conflict("this account is connected already")
 
     async def _merged_value(self, pending: Connection, claimed: Claimed) -> dict[str, Any]:
         try:
@@ -199,7 +268,8 @@ class Confirmations:
         except SecretNotFound:
             raise _Lost from None
         row = claimed.row
-        if "refresh_token" in value or not row.refreshable or row.client_id != pending.client_id:
+        coming = Newcomer(pending.account_id, pending.client_id, pending.pins)
+        if "refresh_token" in value or not keeps_refresh_token(row, coming):
             return value
         _, old = await self._vault.get(secret_owner(row.id), row.secret_version)
         kept = old.get("refresh_token")
@@ -221,7 +291,7 @@ class Confirmations:
             gone = session.execute(
                 sa.delete(Connection).where(
                     col(Connection.id) == pending.id,
-                    Connection.status == "pending",
+                    col(Connection.status) == "pending",
                     col(Connection.deleted_at).is_(None),
                 )
             )
@@ -238,12 +308,18 @@ class Confirmations:
 
     async def burn(self, flow: Flow, reason: str) -> None:
         """End a flow for good: its pending connection is gone at once, its secret destroyed, revoked unless shared."""
+        discarded = await self._discard(flow, reason)
+        if discarded is not None:
+            await self._dispose(discarded)
+
+    async def _discard(self, flow: Flow, reason: str) -> str | None:
+        """Burn a flow unless a confirm was faster; return the id of the connection to dispose of."""
 
         def work(session: Session) -> str | None:
             at = now(session)
             _win(session, flow.id, at, {"burnt_at": at})
             row = session.get(Connection, flow.connection_id)
-            if row is None or row.status != "pending":
+            if row is None or row.status != "pending" or row.deleted_at is not None:
                 return None
             row.deleted_at = at
             session.flush()
@@ -251,24 +327,71 @@ class Confirmations:
             return row.id
 
         try:
-            discarded = await self._database.transaction(work)
+            return await self._database.transaction(work)
         except _Lost:
-            return
-        if discarded is not None:
-            await self._credentials.dispose(discarded)
+            return None
+
+    async def _dispose(self, connection_id: str) -> None:
+        try:
+            await self._credentials.dispose(connection_id)
+        except BrokerError as error:  # gone for everybody already; the worker finishes it later
+            log.warning("connection.dispose_failed", connection_id=connection_id, error=error.code)
 
     async def sweep(self) -> int:
-        """Discard every pending connection whose time is over; return how many. For the worker."""
+        """Discard every pending connection whose time is over; return how many were found. For the worker.
+
+        All of them are unusable before the first provider is asked to revoke, so a slow one holds up none of the others.
+        """
 
         def work(session: Session) -> list[Flow]:
             over = select(Flow).join(Connection, col(Connection.id) == col(Flow.connection_id))
             over = over.where(Connection.status == "pending", col(Connection.pending_until) < now(session))
-            return list(session.exec(over.where(col(Connection.deleted_at).is_(None)).limit(100)))
+            over = over.where(col(Connection.deleted_at).is_(None)).order_by(col(Connection.pending_until))
+            return list(session.exec(over.limit(SWEPT_AT_ONCE)))
 
         flows = await self._database.read(work)
-        for flow in flows:
-            await self.burn(flow, "unconfirmed")
+        discarded = [await self._discard(flow, "unconfirmed") for flow in flows]
+        await asyncio.gather(*(self._dispose(found) for found in discarded if found is not None))
         return len(flows)
+
+
+def keeps_refresh_token(row: Connection, coming: Newcomer) -> bool:
+    """Whether a new credential without a refresh token takes over that of an existing connection (pure).
+
+    Only of the very same account and client, while the old one is not known to be dead, and only if it would be sent where
+    it was sent before: a credential never follows a changed setting.
+    """
+    same = row.account_id is not None and row.account_id == coming.account_id and row.client_id == coming.client_id
+    homes = all(row.pins.get(name) == coming.pins.get(name) for name in ("token", "revoke"))
+    unmoved = all(coming.pins[name] == origin for name, origin in row.pins.items() if name in coming.pins)
+    return row.refreshable and row.status in {"active", "frozen"} and same and homes and unmoved
+
+
+def _require_fit(pending: Connection, row: Connection, subject: str) -> None:
+    """Raise Conflict unless the existing connection is one that this flow may move its secret into."""
+    if row.deleted_at is not None or row.status == "pending":
+        raise Conflict("the connection was deleted meanwhile")
+    if (row.integration, row.subject) != (pending.integration, subject):
+        raise Conflict("the connection is another user's")
+    if row.account_id not in {None, pending.account_id}:
+        raise Conflict("the connection is another account's")
+
+
+def _merged_tags(flow: Flow, pending: Connection, row: Connection, principal: Principal | None) -> dict[str, str]:
+    """Return the survivor's tags if the caller may write them; a reconnect leaves them as they are.
+
+    Raises NotFound or Forbidden by the caller's grants; Conflict without a caller when a tag would change.
+    """
+    tags = dict(row.tags) if flow.reconnects is not None else {**row.tags, **pending.tags}
+    if principal is not None:
+        before = Target(row.integration, row.subject, row.tags)
+        try:
+            policy.require_write(principal, "connect", before, Target(row.integration, row.subject, tags))
+        except NotFound:
+            raise Forbidden("the account is connected already, outside of what this caller may reach") from None
+    elif not pending.tags.items() <= row.tags.items():
+        raise Conflict("the connection has other tags")
+    return tags
 
 
 def _win(session: Session, flow_id: str, at: float, changes: Mapping[str, Any], *, claimed: bool = False) -> None:
@@ -312,18 +435,18 @@ def _subject_fits(flow: Flow, wanted: Confirm) -> bool:
     return flow.return_to == wanted.return_to
 
 
-def _moved(pending: Connection, row: Connection, version: int, *, refreshable: bool) -> dict[str, Any]:
-    """Return what the surviving connection takes over; a freeze stays a freeze."""
+def _moved(pending: Connection, row: Connection, value: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the surviving connection takes over; a freeze stays a freeze. ``value`` is its secret from now on."""
     copied = ("scopes", "missing_scopes", "token_expires_at", "pins", "client_id", "account_name", "account_email")
+    own = pending.refreshable or "refresh_token" not in value
     return {
         **{name: getattr(pending, name) for name in copied},
         "account_id": pending.account_id or row.account_id,
-        "refresh_expires_at": pending.refresh_expires_at or row.refresh_expires_at,
-        "secret_version": version,
+        "refresh_expires_at": pending.refresh_expires_at if own else row.refresh_expires_at,
         "credential_type": "oauth2",
-        "refreshable": refreshable,
+        "refreshable": "refresh_token" in value,
         "status": "frozen" if row.status == "frozen" else "active",
-        "status_reason": None,
+        "status_reason": row.status_reason if row.status == "frozen" else None,
         "refresh_failures": 0,
         "unknown_outcomes": 0,
         "refresh_not_before_at": None,

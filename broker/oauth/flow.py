@@ -9,6 +9,7 @@ PKCE S256 always (RFC 7636), state bound to a cookie, ``iss`` checked (RFC 9207)
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import secrets
 import time
@@ -25,13 +26,21 @@ from broker.audit import Audit, Entry
 from broker.credentials import oauth_value, secret_owner
 from broker.database import Database, now
 from broker.egress import Egress
-from broker.errors import BrokerError, FlowError, NotFound, ProviderUnavailable
+from broker.errors import (
+    BrokerError,
+    EgressDenied,
+    FlowError,
+    NotFound,
+    ProviderUnavailable,
+    RateLimited,
+    UpstreamInvalid,
+)
 from broker.integrations import Configured, Integrations
 from broker.integrations.config import Endpoints
 from broker.models import BrowserSession, Connection, Flow, new_id
 from broker.oauth.browser import new_cookie_value
-from broker.oauth.confirm import Confirmations
-from broker.oauth.identity import IdentityInvalid, UnknownKey, verify_id_token
+from broker.oauth.confirm import Confirmations, Newcomer, keeps_refresh_token
+from broker.oauth.identity import IdentityInvalid, UnknownKey, plain_account, verify_id_token
 from broker.oauth.return_to import allowed_return_to
 from broker.sessions import digest, same_digest
 from broker.settings import Settings
@@ -53,7 +62,8 @@ from providers.spec import Account, Credential, ProviderAnswerError, Secret
 FLOW_SECONDS = 600.0
 OUTCOME_SECONDS = 120.0
 CONFIRM_CODE_SECONDS = 120.0
-WAIT_FOR_TWIN_SECONDS = 30.0
+WAIT_FOR_TWIN_SECONDS = 60.0
+NEVER_REDIRECTED = frozenset({"return_to_invalid", "state_invalid", "session_bound"})  # what belongs to somebody else
 log = structlog.get_logger()
 
 
@@ -132,18 +142,32 @@ class Flows:
 
     async def start(self, wanted: Start) -> Started:
         """Write the flow and return the provider's authorize URL (FlowError, NotFound)."""
-        return_to = self._return_to(wanted)
+        return_to = self._return_to(wanted.return_to, wanted.session)
         configured = await self._startable(wanted)
-        row = _new_flow(wanted, configured, return_to, self._settings)
         cookie = new_cookie_value()
-        row.cookie_name = cookie_name(row.id, development=self._settings.development)
-        row.cookie_digest = digest(cookie.reveal())
+        row = _new_flow(wanted, configured, return_to, cookie, self._settings)
         return Started(await self._begin(row, configured), row.cookie_name, cookie)
 
-    def _return_to(self, wanted: Start) -> str | None:
-        asked = wanted.return_to
-        if asked is None and wanted.session is not None:
-            asked = wanted.session.return_to
+    def way_back(
+        self, error: FlowError | RateLimited, return_to: str | None, session: BrowserSession | None
+    ) -> str | None:
+        """Return where a start that failed sends the browser: its allowed ``return_to`` with the error's code.
+
+        None where a page is shown instead: there is no ``return_to``, it is not on the list, or the link is of another
+        browser. ``session`` is one that this browser owns.
+        """
+        code = error.flow_code if isinstance(error, FlowError) else error.code
+        if code in NEVER_REDIRECTED:
+            return None
+        try:
+            allowed = self._return_to(return_to, session)
+        except FlowError:
+            return None
+        return None if allowed is None else with_query(allowed, {"status": "error", "error": code})
+
+    def _return_to(self, asked: str | None, session: BrowserSession | None) -> str | None:
+        if asked is None and session is not None:
+            asked = session.return_to
         if asked is None:
             return self._settings.default_return_to
         if not allowed_return_to(asked, self._settings.return_to, development=self._settings.development):
@@ -159,11 +183,9 @@ class Flows:
             raise FlowError("session_required", "This session is for other integrations.")
         try:
             configured = await self._integrations.configured(wanted.integration)
-        except (ProviderUnavailable, BrokerError) as error:
-            if isinstance(error, NotFound):
-                raise
+        except (ProviderUnavailable, UpstreamInvalid, EgressDenied):
             raise FlowError("provider_unavailable") from None
-        if configured.provider.oauth2 is None:
+        if not _has_flow(configured):
             raise FlowError("integration_disabled")
         if configured.config.require_session and session is None:
             raise FlowError("session_required")
@@ -175,12 +197,8 @@ class Flows:
         row.state_digest = digest(state)
         sealed = json.dumps({"verifier": verifier.reveal(), "nonce": nonce}).encode()
         row.sealed_verifier = self._sealer.seal(sealed, owner=row.id, purpose="verifier", version=1)
-        oauth2 = configured.oauth2
-        extra = {**oauth2.authorize_params, **configured.config.authorize_params}
-        if row.consent_forced:
-            extra.update(oauth2.consent_params)
         url = authorize_url(
-            oauth2,
+            configured.oauth2,
             authorize_url=row.plan["authorize_url"],
             client_id=row.plan["client_id"],
             redirect_uri=row.redirect_uri,
@@ -188,7 +206,7 @@ class Flows:
             state=state,
             verifier_challenge=challenge(verifier),
             nonce=nonce if _openid(configured, row.scopes) else None,
-            extra=extra,
+            extra=_extra_params(row, configured),
         )
         outcome = None if forget is None else self._sealed_outcome(forget, Outcome(url, again=True))
 
@@ -210,25 +228,25 @@ class Flows:
         A page, and nothing changed, for what does not belong to this browser: unknown or foreign state, missing cookie,
         repeated parameters. Everything after that ends at ``return_to``. The exchange happens once.
         """
-        state = callback.one("state")
-        iss, error, code = callback.one("iss"), callback.one("error"), callback.one("code")
-        flow = await self._find(state, callback)
-        if flow.consumed_at is not None:
+        came = {name: callback.one(name) for name in ("state", "iss", "error", "code")}
+        flow = await self._find(came["state"], callback)
+        if flow.consumed_at is not None or not await self._consume(flow):
             return await self._twin(flow)
-        configured = await self._as_planned(flow)
-        if not await self._consume(flow):
-            return await self._twin(flow)
-        try:
-            _refuse(flow, iss=iss, error=error, code=code)
-            outcome = await self._exchange(flow, configured, code or "")
-        except FlowError as failure:
-            outcome = _failed(flow, failure.flow_code)
-        except BrokerError as failure:
-            log.warning("flow.failed", flow_id=flow.id, integration=flow.integration, code=failure.code)
-            outcome = _failed(flow, "provider_unavailable")
+        outcome = await self._ended(flow, iss=came["iss"], error=came["error"], code=came["code"])
         if not outcome.again:
             await self._keep_outcome(flow, outcome)
         return outcome
+
+    async def _ended(self, flow: Flow, *, iss: str | None, error: str | None, code: str | None) -> Outcome:
+        """Run a consumed flow to its end, whatever that is."""
+        try:
+            _refuse(flow, iss=iss, error=error, code=code)
+            return await self._exchange(flow, await self._as_planned(flow), code or "")
+        except FlowError as failure:
+            return _failed(flow, failure.flow_code)
+        except BrokerError as failure:
+            log.warning("flow.failed", flow_id=flow.id, integration=flow.integration, error=failure.code)
+            return _failed(flow, "provider_unavailable")
 
     async def _find(self, state: str | None, callback: Callback) -> Flow:
         if not state:
@@ -242,11 +260,20 @@ class Flows:
         return flow
 
     async def _as_planned(self, flow: Flow) -> Configured:
-        """Return the integration with the endpoints as they were at start, whatever was changed since."""
-        configured = await self._integrations.configured(flow.integration)
+        """Return the integration with the endpoints as they were at start, whatever was changed since.
+
+        Nothing is discovered, so an issuer that was changed meanwhile is not even asked. FlowError when the integration
+        was switched off, removed, or made anew for another provider.
+        """
         plan = flow.plan
         endpoints = Endpoints(plan["urls"], plan["hosts"], plan["issuer"], plan["client_auth"], plan["iss_required"])
-        return replace(configured, endpoints=endpoints)
+        try:
+            configured = await self._integrations.configured(flow.integration, endpoints=endpoints)
+        except NotFound:
+            raise FlowError("integration_disabled") from None
+        if not configured.row.enabled or configured.provider.name != plan["provider"] or not _has_flow(configured):
+            raise FlowError("integration_disabled")
+        return configured
 
     async def _consume(self, flow: Flow) -> bool:
         """One conditional update lets one callback act."""
@@ -258,20 +285,21 @@ class Flows:
                 .where(col(Flow.id) == flow.id, col(Flow.consumed_at).is_(None))
                 .values(consumed_at=at, outcome_until=at + OUTCOME_SECONDS)
             )
-            return session.execute(mine).rowcount == 1  # type: ignore[attr-defined]
+            return bool(session.execute(mine).rowcount == 1)  # type: ignore[attr-defined]
 
         return await self._database.transaction(work)
 
     async def _twin(self, flow: Flow) -> Outcome:
         """Wait for what the first callback of this browser came to, and answer the same."""
-        deadline = time.monotonic() + WAIT_FOR_TWIN_SECONDS
+        deadline, pause_seconds = time.monotonic() + WAIT_FOR_TWIN_SECONDS, 0.05
         while time.monotonic() < deadline:
             row, at = await self._database.read(lambda session: (session.get(Flow, flow.id), now(session)))
             if row is None or row.outcome_until is None or row.outcome_until < at:
                 raise FlowError("state_expired")
             if row.sealed_outcome is not None:
                 return await self._opened_outcome(row)
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(pause_seconds)
+            pause_seconds = min(0.5, pause_seconds * 1.3)
         raise FlowError("provider_unavailable")
 
     def _sealed_outcome(self, flow: Flow, outcome: Outcome) -> bytes:
@@ -355,7 +383,10 @@ class Flows:
         text = f"the code was refused: {parsed.error}" if isinstance(parsed, TokenRefusal) else "the code was exchanged"
         level = "error" if failed else "info"
         elapsed = (time.monotonic() - started) * 1000
-        await self._integrations.note(flow.integration, action="exchange", level=level, text=text, duration_ms=elapsed)
+        with contextlib.suppress(BrokerError):  # a log line less is better than a token that came and is lost
+            await self._integrations.note(
+                flow.integration, action="exchange", level=level, text=text, duration_ms=elapsed
+            )
 
     async def _account(self, flow: Flow, configured: Configured, answer: TokenAnswer, nonce: str) -> Account | None:
         """Return who consented: from the verified ID token, else from the provider's own identity call."""
@@ -364,25 +395,38 @@ class Flows:
             if answer.id_token is None:
                 raise FlowError("identity_invalid")
             account = await self._verified(flow, configured, answer.id_token, nonce)
-        identify = configured.provider.identify
-        if identify is None or (account is not None and account.name and account.email):
+        if configured.provider.identify is None or (account is not None and account.name and account.email):
             return account
         try:
-            asked = await self._egress.converse(
-                identify(_credential(flow, configured, answer)), origins=set(configured.endpoints.origins.values())
-            )
-        except (ProviderAnswerError, BrokerError) as error:
+            asked = await self._asked(flow, configured, answer)
+        except FlowError:
             if account is not None:
-                return account
-            raise FlowError("provider_unavailable" if isinstance(error, BrokerError) else "identity_invalid") from None
+                return account  # the ID token is proof enough; a name or an address is not worth the flow
+            raise
         if account is None:
             return asked
         if asked.id != account.id:
             raise FlowError("identity_invalid")  # OpenID Connect Core 5.3.2: sub must be the same
         return Account(account.id, account.name or asked.name, account.email or asked.email)
 
+    async def _asked(self, flow: Flow, configured: Configured, answer: TokenAnswer) -> Account:
+        """Return what the provider's API says about the owner of the token (FlowError)."""
+        identify = configured.provider.identify
+        if identify is None:
+            raise FlowError("identity_invalid")
+        try:
+            asked = await self._egress.converse(
+                identify(_credential(flow, configured, answer)), origins=set(configured.endpoints.origins.values())
+            )
+            return plain_account(asked)
+        except (ProviderAnswerError, IdentityInvalid):
+            raise FlowError("identity_invalid") from None
+        except BrokerError:
+            raise FlowError("provider_unavailable") from None
+
     async def _verified(self, flow: Flow, configured: Configured, id_token: Secret, nonce: str) -> Account:
-        issuers = (configured.endpoints.issuer, *configured.oauth2.issuer_aliases)
+        oauth2, issuer = configured.oauth2, configured.endpoints.issuer
+        issuers = (issuer, *(oauth2.issuer_aliases if issuer == oauth2.issuer else ()))
         at = await self._database.read(now)
         for attempt in range(2):
             jwks = await self._jwks(configured, again=attempt == 1)
@@ -406,15 +450,16 @@ class Flows:
         None when an existing connection of the same subject and account has one, which the confirm will keep.
         """
         if flow.subject is not None and account is not None:
-            kept = select(Connection.id).where(
+            same = select(Connection).where(
                 Connection.integration == flow.integration,
                 Connection.subject == flow.subject,
                 Connection.account_id == account.id,
-                col(Connection.refreshable).is_(True),
-                col(Connection.status) == "active",
+                Connection.status != "pending",
                 col(Connection.deleted_at).is_(None),
             )
-            if await self._database.read(lambda session: session.exec(kept).first()) is not None:
+            old = await self._database.read(lambda session: session.exec(same).first())
+            coming = Newcomer(account.id, flow.plan["client_id"], configured.endpoints.origins)
+            if old is not None and keeps_refresh_token(old, coming):
                 return None
         if flow.consent_forced:
             raise FlowError("refresh_token_missing")
@@ -423,10 +468,23 @@ class Flows:
     async def _require_same_account(self, flow: Flow, account: Account | None) -> None:
         if flow.reconnects is None:
             return
-        old = await self._database.read(lambda session: session.get(Connection, flow.reconnects))
+        account_id = account.id if account is not None else None
+        others = select(Connection.id).where(
+            Connection.integration == flow.integration,
+            Connection.subject == flow.subject,
+            Connection.account_id == account_id,
+            Connection.id != flow.reconnects,
+            Connection.status != "pending",
+            col(Connection.deleted_at).is_(None),
+        )
+
+        def work(session: Session) -> tuple[Connection | None, str | None]:
+            return session.get(Connection, flow.reconnects), session.exec(others).first() if account_id else None
+
+        old, other = await self._database.read(work)
         if old is None or old.deleted_at is not None:
             raise FlowError("session_expired")
-        if old.account_id is not None and (account is None or account.id != old.account_id):
+        if old.account_id != account_id and (old.account_id is not None or other is not None):
             raise FlowError("account_mismatch")
 
     async def _leave_pending(
@@ -438,11 +496,11 @@ class Flows:
         received_at: float,
     ) -> Outcome:
         """Store the tokens, then the pending row that names their version, then hand out the confirm code."""
-        connection_id, code = new_id("con"), Secret(secrets.token_urlsafe(32))
+        pending, code = _pending(flow, configured, answer, account), Secret(secrets.token_urlsafe(32))
+        connection_id = pending.id
         value = oauth_value(answer, received_at=received_at)
         version = await self._vault.put(secret_owner(connection_id), value, expected_version=0)
-        pending = _pending(flow, configured, answer, account)
-        pending.id, pending.secret_version, pending.refreshable = connection_id, version, "refresh_token" in value
+        pending.secret_version, pending.refreshable = version, "refresh_token" in value
         at_once = flow.session_id is not None and configured.config.confirm == "without_session"
 
         def work(session: Session) -> None:
@@ -458,8 +516,8 @@ class Flows:
             self._audit.append(session, _entry("connection.pending", flow, connection_id=connection_id))
 
         await self._database.transaction(work)
-        if at_once:
-            survivor = await self._confirmations.activate_at_once(connection_id)
+        survivor = await self._confirmations.activate_at_once(connection_id) if at_once else None
+        if survivor is not None:
             return _connected(flow, survivor.id, None, pending.missing_scopes)
         return _connected(flow, connection_id, code, pending.missing_scopes)
 
@@ -472,20 +530,25 @@ def cookie_name(flow_id: str, *, development: bool) -> str:
     return f"{'' if development else '__Host-'}brk_f_{flow_id.removeprefix('flw_')}"
 
 
-def _new_flow(wanted: Start, configured: Configured, return_to: str | None, settings: Settings) -> Flow:
-    session, endpoints = wanted.session, configured.endpoints
+def _new_flow(wanted: Start, configured: Configured, return_to: str | None, cookie: Secret, settings: Settings) -> Flow:
+    """Return a flow that lacks its state, verifier and times."""
+    session, endpoints, flow_id = wanted.session, configured.endpoints, new_id("flw")
     return Flow(
-        id=new_id("flw"),
+        id=flow_id,
+        state_digest="",
+        cookie_name=cookie_name(flow_id, development=settings.development),
+        cookie_digest=digest(cookie.reveal()),
         integration=wanted.integration,
         session_id=session.id if session is not None else None,
         subject=session.subject if session is not None else None,
         reconnects=session.reconnects if session is not None else None,
         return_to=return_to,
         redirect_uri=f"{settings.public_url}/oauth/{wanted.integration}/callback",
-        scopes=list((session.scopes if session is not None else None) or configured.row.scopes),
+        scopes=_scopes_to_ask(session, configured),
         variables=dict(session.variables) if session is not None else {},
         tags=dict(session.tags) if session is not None else {},
         plan={
+            "provider": configured.provider.name,
             "authorize_url": endpoints.urls["authorize_url"],
             "urls": dict(endpoints.urls),
             "hosts": dict(endpoints.hosts),
@@ -502,11 +565,41 @@ def _again(flow: Flow) -> Flow:
     """Return a second flow of the same browser that forces consent; it shares the first one's cookie."""
     copied = ("integration", "session_id", "subject", "reconnects", "return_to", "redirect_uri", "scopes", "variables")
     more = ("tags", "plan", "address", "cookie_name", "cookie_digest")
-    return Flow(id=new_id("flw"), consent_forced=True, **{name: getattr(flow, name) for name in (*copied, *more)})
+    kept: dict[str, Any] = {name: getattr(flow, name) for name in (*copied, *more)}
+    return Flow(id=new_id("flw"), state_digest="", consent_forced=True, **kept)
+
+
+def _extra_params(flow: Flow, configured: Configured) -> dict[str, str]:
+    """Return what is asked besides the protocol's own: the provider's file, and above it the integration, have their way.
+
+    OpenID Connect Core 11: ``offline_access`` counts only where consent is asked for; strict servers drop it silently.
+    """
+    oauth2 = configured.oauth2
+    offline = _openid(configured, flow.scopes) and "offline_access" in flow.scopes
+    first = oauth2.consent_params if offline else {}
+    last = oauth2.consent_params if flow.consent_forced else {}
+    return {**first, **oauth2.authorize_params, **configured.config.authorize_params, **last}
+
+
+def _scopes_to_ask(session: BrowserSession | None, configured: Configured) -> list[str]:
+    """Return the session's scopes as far as the integration still has them; without any, the integration's."""
+    if session is None or session.scopes is None:
+        return list(configured.row.scopes)
+    return [scope for scope in session.scopes if scope in configured.row.scopes]
+
+
+def _has_flow(configured: Configured) -> bool:
+    """Whether there is all that a flow needs: single URLs in ``config`` may leave some out."""
+    urls = configured.endpoints.urls
+    needed = ["authorize_url", "token_url"]
+    if _openid(configured, configured.row.scopes):
+        needed.append("jwks_url")
+    return configured.provider.oauth2 is not None and all(urls.get(name) for name in needed)
 
 
 def _openid(configured: Configured, scopes: Sequence[str]) -> bool:
-    return configured.oauth2.openid and "openid" in scopes
+    oauth2 = configured.provider.oauth2
+    return oauth2 is not None and oauth2.openid and "openid" in scopes
 
 
 def _refuse(flow: Flow, *, iss: str | None, error: str | None, code: str | None) -> None:
@@ -548,6 +641,7 @@ def with_query(url: str, added: Mapping[str, str]) -> str:
 def _pending(flow: Flow, configured: Configured, answer: TokenAnswer, account: Account | None) -> Connection:
     granted = granted_scopes(configured.oauth2, flow.scopes, answer)
     return Connection(
+        id=new_id("con"),
         integration=flow.integration,
         provider=configured.provider.name,
         subject=flow.subject,

@@ -173,6 +173,14 @@ def _account(claims: Mapping[str, Any]) -> Account:
     )
 
 
+def plain_account(account: Account) -> Account:
+    """Return what a provider's API said about an account, held to what an ID token may say (IdentityInvalid)."""
+    subject = _text(account.id)
+    if subject is None:
+        raise IdentityInvalid("the provider's API names no account")
+    return Account(subject, _text(account.name), _text(account.email))
+
+
 def _text(claim: object) -> str | None:
     """Return a claim that is a printable text of sensible length; None for all else."""
     return claim if isinstance(claim, str) and 0 < len(claim) <= _MAX_TEXT and claim.isprintable() else None

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
-from urllib.parse import parse_qsl, urlencode
+from urllib.parse import parse_qsl, quote, urlencode
 
 from litestar import Response, Router, route
 from litestar.connection import Request
@@ -13,11 +14,11 @@ from litestar.di import NamedDependency
 from litestar.enums import HttpMethod
 from litestar.params import FromPath
 
-from broker.errors import FlowError
+from broker.errors import FlowError, RateLimited
 from broker.limits import AddressLimiter, client_address
 from broker.models import BrowserSession
 from broker.oauth.browser import changes_nothing, flow_cookies_to_drop, parse_cookies, session_cookie_name
-from broker.oauth.flow import FLOW_SECONDS, OUTCOME_SECONDS, Callback, Flows, Outcome, Start
+from broker.oauth.flow import FLOW_SECONDS, OUTCOME_SECONDS, Callback, Flows, Outcome, Start, Started
 from broker.sessions import ID_PATTERN, TOKEN_PATTERN, Sessions
 from broker.settings import Settings
 
@@ -37,19 +38,30 @@ async def start(
     """Start a flow: 302 to the provider with a cookie that binds the flow to this browser."""
     if changes_nothing(request.method, request.headers):
         return nothing()
-    address = address_of(request, settings)
-    await limiter.check("start", address)
-    asked = single_parameters(request)
-    cookies = parse_cookies(request.headers.get("cookie"))
-    shown = asked.get("session")
-    if shown is not None and TOKEN_PATTERN.fullmatch(shown):
-        return await claimed(request, shown, asked, cookies, sessions, settings)
-    session = await owned_session(shown, cookies, sessions, settings)
-    started = await flows.start(Start(integration, asked.get("return_to"), session, address))
-    response = redirect(started.url, 302)
+    address, asked, cookies = address_of(request, settings), single_parameters(request), cookies_of(request)
+    shown, session = asked.get("session"), None
+    try:
+        await limiter.check("start", address)
+        if shown is not None and TOKEN_PATTERN.fullmatch(shown):
+            return await claimed(request, shown, asked, cookies, sessions, settings)
+        session = await owned_session(shown, cookies, sessions, settings)
+        started = await flows.start(Start(integration, asked.get("return_to"), session, address))
+    except (FlowError, RateLimited) as error:
+        back = flows.way_back(error, asked.get("return_to"), session)
+        if back is None:
+            raise
+        return redirect(back, 303)
+    return bound(redirect(started.url, 302), started, cookies, settings)
+
+
+def bound(response: Response[None], started: Started, cookies: Mapping[str, str], settings: Settings) -> Response[None]:
+    """Bind a flow to this browser: set its cookie, and drop the oldest ones of too many flows.
+
+    The cookie outlives a flow, a second one that asks for consent again, and the time in which a duplicate is answered.
+    """
     for name in flow_cookies_to_drop(cookies, development=settings.development):
         response.set_cookie(bound_cookie(name, "", 0, settings))
-    seconds = int(FLOW_SECONDS + OUTCOME_SECONDS)
+    seconds = int(2 * FLOW_SECONDS + OUTCOME_SECONDS)
     response.set_cookie(bound_cookie(started.cookie_name, started.cookie_value.reveal(), seconds, settings))
     return response
 
@@ -68,7 +80,7 @@ async def callback(
         return nothing()
     await limiter.check("callback", address_of(request, settings))
     parameters = parse_qsl(request.scope["query_string"].decode("latin-1"), keep_blank_values=True)
-    cookies = parse_cookies(request.headers.get("cookie"))
+    cookies = cookies_of(request)
     outcome = await flows.finish(Callback(integration, parameters, cookies))
     if outcome.url is not None:
         return redirect(outcome.url, 302 if outcome.again else 303)
@@ -103,7 +115,7 @@ async def claimed(
     session_id = "ses_" + token.split("_")[1]
     name = session_cookie_name(session_id, development=settings.development)
     row, cookie = await sessions.claim(token, cookies.get(name))
-    path = request.scope["raw_path"].decode("ascii")
+    path = quote(re.sub("/+", "/", request.scope["path"]))  # a path that begins with // would name another host
     response = redirect(f"{path}?{urlencode({**asked, 'session': row.id})}", 303)
     if cookie is not None:
         lives = max(1, int(row.expires_at - row.created_at))
@@ -112,18 +124,26 @@ async def claimed(
 
 
 def single_parameters(request: AnyRequest) -> dict[str, str]:
-    """Return query parameters; one that is given twice is refused (which of them counts would be anybody's guess)."""
+    """Return query parameters; one of ours that is given twice is refused: which counts would be anybody's guess."""
     pairs = parse_qsl(request.scope["query_string"].decode("latin-1"), keep_blank_values=True)
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise FlowError("return_to_invalid" if [n for n, _ in pairs].count("return_to") > 1 else "state_invalid")
-    return found
+    names = [name for name, _ in pairs]
+    if names.count("return_to") > 1:
+        raise FlowError("return_to_invalid")
+    if any(names.count(name) > 1 for name in ("session", "connection")):
+        raise FlowError("state_invalid")
+    return dict(pairs)
+
+
+def cookies_of(request: AnyRequest) -> dict[str, str]:
+    """Return the cookies that a browser sent; HTTP/2 may bring them in several fields (RFC 9113 8.2.3)."""
+    return parse_cookies("; ".join(request.headers.getall("cookie", [])))
 
 
 def address_of(request: AnyRequest, settings: Settings) -> str:
     """Return the browser's address, for audit and limits only."""
     peer = request.client.host if request.client is not None else "unknown"
-    return client_address(peer, request.headers.get("x-forwarded-for"), settings.trusted_proxies)
+    forwarded_for = ", ".join(request.headers.getall("x-forwarded-for", []))
+    return client_address(peer, forwarded_for, settings.trusted_proxies)
 
 
 def redirect(url: str, status_code: int) -> Response[None]:

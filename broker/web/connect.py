@@ -28,9 +28,10 @@ STATES: dict[str, State] = {
 def principal_of(session: BrowserSession) -> Principal:
     """Return what the session's owner may do with connections: see and delete those of its subject and integrations.
 
-    A ``*`` in the subject makes the grant wider than the subject; every use here narrows it to the very subject again.
+    A ``*`` in the subject makes the grant wider than the subject; every use here narrows it to the very subject again. A
+    session without a list of integrations reaches none.
     """
-    reach = ("*",) if session.integrations is None else tuple(session.integrations)
+    reach = tuple(session.integrations or ())
     grant = Grant(integrations=reach, may=("manage", "read"), subjects=(session.subject,))
     return Principal(session.caller_id, "session", frozenset({"service"}), (grant,), key_id="")
 
@@ -38,15 +39,11 @@ def principal_of(session: BrowserSession) -> Principal:
 async def shown_integrations(
     session: BrowserSession, integrations: Integrations, connections: Connections
 ) -> list[ShownIntegration]:
-    """Return the rows of the page: the session's integrations, or all that can be connected or already are."""
+    """Return the rows of the page: the session's integrations in its order, without those that are gone since."""
     rows = await own_connections(session, connections)
     views = await _views(session, integrations)
     titles = _titles(views, integrations)
-    shown = [_shown(view, titles[view.row.name], session, rows, integrations) for view in views]
-    if session.integrations is not None:
-        return shown
-    kept = [item for item in shown if item.start_url is not None or item.connections]
-    return sorted(kept, key=lambda item: item.title.casefold())
+    return [_shown(view, titles[view.row.name], session, rows, integrations) for view in views]
 
 
 async def chosen(
@@ -95,23 +92,12 @@ def form_token(cookie: str, connection_id: str) -> str:
 
 
 async def _views(session: BrowserSession, integrations: Integrations) -> list[View]:
-    if session.integrations is None:
-        return await _all_views(integrations)
     found = []
-    for name in dict.fromkeys(session.integrations):
+    for name in session.integrations or ():
         try:
             found.append(await integrations.get(name))
         except NotFound:
             continue  # removed since the session was made
-    return [view for view in found if view.row.provider in integrations.catalog]
-
-
-async def _all_views(integrations: Integrations) -> list[View]:
-    found: list[View] = []
-    before = None
-    while page := await integrations.page(limit=PAGE, before=before):
-        found += page
-        before = (page[-1].row.created_at, page[-1].row.name)
     return [view for view in found if view.row.provider in integrations.catalog]
 
 

@@ -16,9 +16,18 @@ from broker.errors import FlowError, NotFound
 from broker.integrations import Integrations
 from broker.limits import AddressLimiter
 from broker.models import BrowserSession
-from broker.oauth.browser import changes_nothing, parse_cookies, session_cookie_name
+from broker.oauth.browser import changes_nothing, session_cookie_name
 from broker.oauth.return_to import allowed_return_to
-from broker.oauth.routes import READ, address_of, claimed, nothing, owned_session, redirect, single_parameters
+from broker.oauth.routes import (
+    READ,
+    address_of,
+    claimed,
+    cookies_of,
+    nothing,
+    owned_session,
+    redirect,
+    single_parameters,
+)
 from broker.sessions import TOKEN_PATTERN, Sessions
 from broker.settings import Settings
 from broker.web import connect
@@ -39,7 +48,7 @@ async def asset(name: FromPath[str], pages: NamedDependency[Pages]) -> Response[
         "Cross-Origin-Resource-Policy": "same-origin",
         "X-Content-Type-Options": "nosniff",
     }
-    return Response(pages.stylesheet, media_type="text/css; charset=utf-8", headers=headers)
+    return Response(pages.stylesheet, media_type=MediaType.CSS, headers=headers)
 
 
 @route("/connect", http_method=READ)
@@ -56,8 +65,7 @@ async def show(
     if changes_nothing(request.method, request.headers):
         return nothing()
     await limiter.check("connect", address_of(request, settings))
-    asked = single_parameters(request)
-    cookies = parse_cookies(request.headers.get("cookie"))
+    asked, cookies = single_parameters(request), cookies_of(request)
     shown = asked.get("session", "")
     if TOKEN_PATTERN.fullmatch(shown):
         return await claimed(request, shown, asked, cookies, sessions, settings)
@@ -87,8 +95,7 @@ async def ask_to_disconnect(
     if changes_nothing(request.method, request.headers):
         return nothing()
     await limiter.check("connect", address_of(request, settings))
-    asked = single_parameters(request)
-    cookies = parse_cookies(request.headers.get("cookie"))
+    asked, cookies = single_parameters(request), cookies_of(request)
     session = await _owned(asked, cookies, sessions, settings)
     found = await connect.chosen(session, asked.get("connection", ""), integrations, connections)
     if found is None:
@@ -119,7 +126,7 @@ async def disconnect(
     await limiter.check("connect", address_of(request, settings))
     require_own_origin(request, settings)
     form = await _form(request)
-    cookies = parse_cookies(request.headers.get("cookie"))
+    cookies = cookies_of(request)
     session = await _owned(form, cookies, sessions, settings)
     connection_id = form.get("connection", "")
     cookie = cookies[session_cookie_name(session.id, development=settings.development)]

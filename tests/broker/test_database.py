@@ -654,7 +654,10 @@ async def test_a_group_before_a_locked_database_fails_at_once_and_the_writer_hea
     writer = GroupWriter(database, _counting(groups))
     async with _write_lock(database_url):
         started = time.monotonic()
-        outcomes = await asyncio.gather(*(writer.submit(f"{n}") for n in range(50)), return_exceptions=True)
+        waiting = [asyncio.create_task(writer.submit(f"{number}")) for number in range(51)]
+        await asyncio.sleep(0.05)
+        waiting.pop().cancel()
+        outcomes = await asyncio.gather(*waiting, return_exceptions=True)
         assert time.monotonic() - started < 3
     assert {type(outcome) for outcome in outcomes} == {DatabaseUnavailable}
     assert len({id(outcome) for outcome in outcomes}) == 50

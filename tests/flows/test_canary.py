@@ -216,7 +216,7 @@ async def provoke_errors(run: Run, connection_id: str) -> None:
 async def test_no_secret_is_in_logs_errors_answers_metrics_schema_or_the_raw_database(tmp_path: Path) -> None:
     relay = Relay()
     relay_server = await asyncio.start_server(relay.serve, "127.0.0.1", 0)
-    issuer = "http://127.0.0.1:{}".format(relay_server.sockets[0].getsockname()[1])
+    issuer = f"http://127.0.0.1:{relay_server.sockets[0].getsockname()[1]}"
     with reserved_socket() as mine, reserved_socket() as providers:
         port, relay.upstream = mine.getsockname()[1], providers.getsockname()
     admin_key = mint_key()[1].reveal()

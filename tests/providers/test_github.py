@@ -127,8 +127,6 @@ def test_a_client_id_cannot_leave_its_place_in_the_path() -> None:
     ("status", "refresh_token", "done"),
     [
         (204, None, True),
-        (404, None, True),
-        (422, None, True),
         (401, None, False),
         (500, None, False),
         (204, "ghr_1", True),
@@ -141,6 +139,20 @@ def test_a_revocation_is_claimed_only_when_nothing_is_left_alive(
 ) -> None:
     held = credential(refresh_token=Secret(refresh_token) if refresh_token else None)
     assert answered(revoke(held), Incoming(status)) is done
+
+
+@pytest.mark.parametrize("first", [404, 422])
+@pytest.mark.parametrize(("second", "done"), [(401, True), (200, False), (404, False), (503, False)])
+def test_a_token_that_is_said_to_be_unknown_counts_as_dead_only_when_the_api_refuses_it(
+    first: int, second: int, *, done: bool
+) -> None:
+    dialogue = revoke(credential(refresh_token=None))
+    next(dialogue)
+    asked_again = dialogue.send(Incoming(first))
+    assert (asked_again.method, asked_again.url) == ("GET", "https://api.github.com/user")
+    with pytest.raises(StopIteration) as ended:
+        dialogue.send(Incoming(second))
+    assert ended.value.value is done
 
 
 @pytest.mark.parametrize("missing", ["client_secret", "access_token"])

@@ -9,7 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.real.parts import ADA_CLAIMS, Client, OidcServer, emulate, github_seed, google_seed, oidc_provider
+from tests.real.parts import (
+    ADA_CLAIMS,
+    GRACE_CLAIMS,
+    Client,
+    OidcServer,
+    emulate,
+    github_seed,
+    google_seed,
+    oidc_provider,
+)
 
 
 @pytest.fixture(scope="session")
@@ -65,7 +74,7 @@ def oidc(broker_url: str, make_directory: Callable[[str], Path]) -> Iterator[Oid
             for kind, secret in clients.items()
         ],
         "redirectUris": [f"{broker_url}/oauth/oidc-{kind}/callback" for kind in clients],
-        "accounts": {"ada": ADA_CLAIMS},
+        "accounts": {"ada": ADA_CLAIMS, "grace": GRACE_CLAIMS},
     }
     with oidc_provider(options, directory=make_directory("oidc-provider")) as issuer:
         basic, post = (

@@ -5,7 +5,8 @@
 //
 // PKCE is required, refresh tokens rotate at each use (reuse kills the grant), and they are given for `offline_access` only,
 // which counts only beside `prompt=consent` (OpenID Connect Core 11). Log-in and consent are one page: POST
-// `account=<id>&decision=allow|deny` to the address that the browser was sent to.
+// `account=<id>&decision=allow|deny` to the address that the browser was sent to. POST `/withdraw/<account>` is what a person
+// does in the settings of the account: every grant of it ends.
 
 import { generateKeyPairSync, randomBytes } from 'node:crypto';
 import { createServer } from 'node:http';
@@ -47,6 +48,8 @@ const provider = new Provider(issuer, {
   },
 });
 
+const grantIds = new Map();
+
 async function answer(request, response) {
   const { prompt, params, session, grantId } = await provider.interactionDetails(request, response);
   if (request.method !== 'POST') {
@@ -62,12 +65,22 @@ async function decide(form, { prompt, params, session, grantId }) {
   const known = grantId && (await provider.Grant.find(grantId));
   const grant = known || new provider.Grant({ accountId: session.accountId, clientId: params.client_id });
   grant.addOIDCScope(params.scope);
-  return { consent: { grantId: await grant.save() } };
+  const id = await grant.save();
+  grantIds.set(session.accountId, [...(grantIds.get(session.accountId) ?? []), id]);
+  return { consent: { grantId: id } };
+}
+
+async function withdraw(account, response) {
+  for (const id of grantIds.get(account) ?? []) await (await provider.Grant.find(id))?.destroy();
+  grantIds.delete(account);
+  response.writeHead(204).end();
 }
 
 const handle = provider.callback();
 server.on('request', (request, response) => {
-  if (!request.url.startsWith('/interaction/')) return handle(request, response);
+  const [, first, rest] = request.url.split('/');
+  if (first === 'withdraw' && request.method === 'POST') return withdraw(rest, response);
+  if (first !== 'interaction') return handle(request, response);
   return answer(request, response).catch((error) => response.writeHead(400).end(`${error}\n`));
 });
 console.log(JSON.stringify({ issuer }));

@@ -32,6 +32,7 @@ ADA_LOGIN = "ada"
 ADA_GITHUB_EMAIL = "ada@github.test"
 ADA_EMAIL = "ada@google.test"
 ADA_CLAIMS = {"name": "Ada Lovelace", "email": "ada@oidc.test", "email_verified": True}
+GRACE_CLAIMS = {"name": "Grace Hopper", "email": "grace@oidc.test", "email_verified": True}
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +75,7 @@ def node_process(arguments: Sequence[str | Path], *, directory: Path, ready: Cal
     ``ready`` is polled with its output so far. ``StartFailed`` when the process ends or ``START_SECONDS`` pass before.
     The output stays in ``directory``; nothing of this machine's environment reaches the process.
     """
+    require_installed()
     log_path = directory / "output.log"
     environment = {"HOME": str(directory), "PATH": "/usr/bin:/bin", "NODE_ENV": "test", "NO_COLOR": "1"}
     with log_path.open("wb") as log:
@@ -142,7 +144,6 @@ def emulate(
 
     emulate cannot take port 0, and whatever port is free now may be taken when it starts: then another one is tried.
     """
-    require_installed()
     with contextlib.ExitStack() as stack:
         for attempt in range(1, PORT_ATTEMPTS + 1):
             base, directory = f"http://127.0.0.1:{choose_port()}", make_directory(f"emulate-{service}")
@@ -190,7 +191,6 @@ def google_seed(client_id: str, client_secret: str, redirect_uri: str) -> dict[s
 @contextlib.contextmanager
 def oidc_provider(options: Mapping[str, object], *, directory: Path) -> Iterator[str]:
     """Run oidc-provider with the options of ``oidc_server.mjs``; give its issuer."""
-    require_installed()
     arguments = (HERE / "oidc_server.mjs", json.dumps(options))
 
     def ready(said: str) -> bool:
@@ -272,3 +272,9 @@ async def consent_oidc(authorize_url: str, *, account: str = "ada", decision: st
                 return str(target)
             answer = await http.get(target)
     raise AssertionError("the server never sent the browser back")
+
+
+async def withdraw_grants(issuer: str, account: str) -> None:
+    """End every grant of an account of oidc-provider, as a person does in the account's settings."""
+    async with httpx2.AsyncClient(trust_env=False, timeout=30) as http:
+        assert (await http.post(f"{issuer}/withdraw/{account}")).status_code == 204

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from html.parser import HTMLParser
+from typing import get_args
 
 import pytest
 from hypothesis import given
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from broker.credentials import Revoked
 from broker.errors import FLOW_CODES
-from broker.web.pages import ADVICE, NOTICES, Pages, ShownConnection, ShownIntegration
+from broker.web.pages import ADVICE, NOTICES, Pages, ShownConnection, ShownIntegration, State
 
 PAGES = Pages()
 HOSTILE = "\"><script>alert(1)</script><img src=x onerror='x'>{{ 7*7 }}&lt;"
@@ -80,8 +81,7 @@ def disconnect(text: str) -> str:
 
 
 def one_of_each(text: str) -> ShownIntegration:
-    states = ("connected", "needs_reconnecting", "paused")
-    shown = tuple(ShownConnection(f"con_{state}", text, state, partial=True) for state in states)
+    shown = tuple(ShownConnection(f"con_{state}", text, state, partial=True) for state in get_args(State))
     return ShownIntegration(text, "/oauth/x/start?session=ses_1", shown)
 
 
@@ -89,7 +89,7 @@ EVERY_PAGE: dict[str, Callable[[str], str]] = {
     "error": error,
     "error code": lambda text: error(code=text),
     "error request": lambda text: error(request_id=text),
-    "done": lambda text: done(text),
+    "done": done,
     "confirm": lambda text: done("con_1", text, text),
     "connect": lambda text: connect(
         one_of_each(text), ShownIntegration(text, None), ShownIntegration(text, "/x"), application=text, notice=text
@@ -198,8 +198,8 @@ def test_a_state_brings_the_actions_that_help() -> None:
     ask = "/connect/disconnect?session=ses_1&connection=con_1"
     back = {"Back to app.test": "https://app.test/done?a=1&b=2"}
 
-    def shown(state: str, url: str | None = start) -> dict[str, str | None]:
-        connection = ShownConnection("con_1", "ada", state)  # type: ignore[arg-type]
+    def shown(state: State, url: str | None = start) -> dict[str, str | None]:
+        connection = ShownConnection("con_1", "ada", state)
         return links(connect(ShownIntegration("X", url, (connection,))))
 
     both = {"Reconnect X as ada": start, "Disconnect X as ada": ask, **back}
@@ -224,7 +224,7 @@ def test_the_disconnect_form_carries_its_proof() -> None:
 
 
 def test_every_outcome_of_a_disconnect_has_a_notice_and_nothing_else_does() -> None:
-    assert NOTICES.keys() == set(Revoked.__args__)
+    assert NOTICES.keys() == set(get_args(Revoked))
     for code, text in NOTICES.items():
         assert text in connect(notice=code)
     assert "unheard" not in connect(notice="unheard")
