@@ -44,7 +44,7 @@ from broker.audit import Audit, open_audit
 from broker.callers import Callers
 from broker.connections import Connections
 from broker.credentials import Credentials
-from broker.database import Database, open_database
+from broker.database import Database, PostgresDatabase, SqliteDatabase, open_database
 from broker.egress import Egress
 from broker.errors import (
     BrokerError,
@@ -110,7 +110,7 @@ async def open_parts(settings: Settings) -> AsyncIterator[Parts]:
     """
     keyring = load_keyring(settings)
     async with contextlib.AsyncExitStack() as stack:
-        database = open_database(settings.effective_database_url)
+        database = database_of(settings)
         stack.push_async_callback(database.aclose)
         await database.migrate()
         sealer = await open_sealer(database, keyring)
@@ -127,6 +127,14 @@ async def open_parts(settings: Settings) -> AsyncIterator[Parts]:
             await callers.ensure_admin(Secret(settings.admin_key.reveal()))
         await parts.integrations.create_from_settings()
         yield parts
+
+
+def database_of(settings: Settings) -> SqliteDatabase | PostgresDatabase:
+    """Return the configured database, not migrated yet (SettingsError when its URL is none)."""
+    try:
+        return open_database(settings.effective_database_url)
+    except ValueError as error:
+        raise SettingsError(f"BROKER_DATABASE_URL: {error}") from None
 
 
 def _assembled(

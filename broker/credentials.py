@@ -69,6 +69,7 @@ from providers.spec import Credential, Incoming, OAuth2, Outgoing, Secret
 
 LEASE_SECONDS = 30.0
 WAIT_SECONDS = 40.0
+LIVE_WAIT_SECONDS = 5.0
 JOURNAL_SECONDS = 60.0
 LONGEST_PAUSE_SECONDS = 0.2
 ROUNDS = 3
@@ -190,12 +191,14 @@ class Credentials:
         *,
         lease_seconds: float = LEASE_SECONDS,
         wait_seconds: float = WAIT_SECONDS,
+        live_wait_seconds: float = LIVE_WAIT_SECONDS,
         journal_seconds: float = JOURNAL_SECONDS,
     ) -> None:
         """Keep the parts. ``lease_seconds``: how long a lease outlives what its holder is known to do.
 
-        ``wait_seconds``: how long a caller waits for a refresh, its own or another's. ``journal_seconds``: how long an
-        answer is kept in memory while the database does not take it.
+        ``wait_seconds``: how long a caller waits for a refresh, its own or another's; ``live_wait_seconds``: and how long
+        while there is a live token to serve. ``journal_seconds``: how long an answer is kept in memory while the database
+        does not take it.
         """
         self._database = database
         self._vault = vault
@@ -206,6 +209,7 @@ class Credentials:
         self._metrics = metrics
         self._lease_seconds = lease_seconds
         self._wait_seconds = wait_seconds
+        self._live_wait_seconds = live_wait_seconds
         self._journal_seconds = journal_seconds
         self._owner = secrets.token_hex(8)  # names this process in leases
         self._running: dict[tuple[str, int], asyncio.Task[None]] = {}
@@ -226,11 +230,13 @@ class Credentials:
         choice = decide(held, ask, at)
         if choice != "renew":
             return _handout(row, value, stale=choice == "stale")
+        servable = held.live(at) and not ask.force and not held.refused(ask)
+        patience_seconds = self._live_wait_seconds if servable else self._wait_seconds
         failure: BrokerError = ProviderUnavailable("the refresh brought no token; try again")
         for _ in range(ROUNDS):  # a version can move without a new token, after a crash: then once more
             refreshed = True
             try:
-                await self._refresh_once(row.id, row.secret_version)
+                await self._refresh_once(row.id, row.secret_version, patience_seconds)
             except BrokerError as error:
                 failure, refreshed = error, False
             row, at = await self._reread(row.id)
@@ -271,9 +277,9 @@ class Credentials:
 
     async def refresh(self, row: Connection) -> None:
         """Refresh now unless somebody else just did; for the worker. Raises as ``fresh`` does."""
-        await self._refresh_once(row.id, row.secret_version)
+        await self._refresh_once(row.id, row.secret_version, self._wait_seconds)
 
-    async def _refresh_once(self, connection_id: str, seen_version: int) -> None:
+    async def _refresh_once(self, connection_id: str, seen_version: int, patience_seconds: float) -> None:
         """Join the refresh that runs in this process, or start one that does not die with its caller."""
         key = (connection_id, seen_version)
         task = self._running.get(key)
@@ -281,7 +287,7 @@ class Credentials:
             task = asyncio.create_task(self._refresh(connection_id, seen_version))
             self._running[key] = task
             task.add_done_callback(lambda done: self._forget(key, done))
-        await asyncio.wait({task}, timeout=self._wait_seconds)
+        await asyncio.wait({task}, timeout=patience_seconds)
         if not task.done():
             raise UpstreamTimeout("the refresh goes on; ask again")
         if task.cancelled():

@@ -120,6 +120,10 @@ class Settings(BaseSettings):
         if value and not value.startswith(("sqlite:///", "postgresql+asyncpg://", "postgresql://")):
             message = "must be postgresql+asyncpg://… or sqlite:///<path>"
             raise ValueError(message)
+        path = value.removeprefix("sqlite:///") if value.startswith("sqlite:") else "a server"
+        if path in {"", ":memory:"} or "?" in path:
+            message = "must name a file after sqlite:///, and nothing else"
+            raise ValueError(message)
         return value
 
     @field_validator("public_url")

@@ -71,5 +71,5 @@ async def _read(reader: asyncio.StreamReader) -> Seen:
 
 def _written(status: int, document: Any) -> bytes:
     body = document if isinstance(document, bytes) else json.dumps(document).encode()
-    head = f"HTTP/1.1 {status} Status\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
-    return head.encode() + body
+    fields = ("Content-Type: application/json", f"Content-Length: {len(body)}", "Connection: close")
+    return "\r\n".join([f"HTTP/1.1 {status} Status", *fields, "", ""]).encode() + body

@@ -135,20 +135,14 @@ class Confirmations:
             raise NotFound
         return row
 
-    async def activate_at_once(self, connection_id: str) -> Connection | None:
+    async def activate_at_once(self, flow: Flow, pending: Connection) -> Connection | None:
         """Activate a session-bound flow without a confirm, where ``config.confirm`` is ``without_session``.
 
         None, and the connection stays pending, where it would have to merge into a connection that the session's tags do
         not describe, or that cannot take it now: nobody's grants are at hand here to judge such a write, so a confirm has to.
         """
-
-        def work(session: Session) -> tuple[Flow | None, Connection | None]:
-            flow = session.exec(select(Flow).where(Flow.connection_id == connection_id)).first()
-            return flow, session.get(Connection, connection_id)
-
-        flow, pending = await self._database.read(work)
-        if flow is None or pending is None or flow.session_id is None or flow.subject is None:
-            raise NotFound
+        if flow.session_id is None or flow.subject is None:
+            return None
         try:
             return await self._activate(flow, pending, flow.subject, None, "")
         except (Conflict, Forbidden, UpstreamTimeout, _Lost):

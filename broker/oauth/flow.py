@@ -57,7 +57,7 @@ from broker.token_endpoint import (
 )
 from broker.vault import SecretUnreadable, Vault
 from broker.vault.keyring import Sealer
-from providers.spec import Account, Credential, ProviderAnswerError, Secret
+from providers.spec import Account, Credential, Dialogue, Secret
 
 FLOW_SECONDS = 600.0
 OUTCOME_SECONDS = 120.0
@@ -189,6 +189,8 @@ class Flows:
             raise FlowError("integration_disabled")
         if configured.config.require_session and session is None:
             raise FlowError("session_required")
+        if session is not None and session.scopes and not _scopes_to_ask(session, configured):
+            raise FlowError("session_expired")  # asking for no scope would get the provider's default ones
         return configured
 
     async def _begin(self, row: Flow, configured: Configured, *, forget: Flow | None = None) -> str:
@@ -367,7 +369,10 @@ class Flows:
                 redirect_uri=flow.redirect_uri,
                 verifier=verifier,
             )
-            answer = await self._egress.send(request, timeout_seconds=configured.config.timeout_seconds)
+            try:
+                answer = await self._egress.send(request, timeout_seconds=configured.config.timeout_seconds)
+            except UpstreamInvalid:
+                raise FlowError("exchange_failed") from None
             received_at = await self._database.read(now)
             parsed = parse_answer(configured.oauth2, answer, received_at=received_at)
             if not (isinstance(parsed, TokenRefusal) and parsed.outcome == "client_refused"):
@@ -395,10 +400,11 @@ class Flows:
             if answer.id_token is None:
                 raise FlowError("identity_invalid")
             account = await self._verified(flow, configured, answer.id_token, nonce)
-        if configured.provider.identify is None or (account is not None and account.name and account.email):
+        identify = configured.provider.identify
+        if identify is None or (account is not None and account.name and account.email):
             return account
         try:
-            asked = await self._asked(flow, configured, answer)
+            asked = await self._asked(identify(_credential(flow, configured, answer)), configured)
         except FlowError:
             if account is not None:
                 return account  # the ID token is proof enough; a name or an address is not worth the flow
@@ -409,17 +415,12 @@ class Flows:
             raise FlowError("identity_invalid")  # OpenID Connect Core 5.3.2: sub must be the same
         return Account(account.id, account.name or asked.name, account.email or asked.email)
 
-    async def _asked(self, flow: Flow, configured: Configured, answer: TokenAnswer) -> Account:
+    async def _asked(self, dialogue: Dialogue[Account], configured: Configured) -> Account:
         """Return what the provider's API says about the owner of the token (FlowError)."""
-        identify = configured.provider.identify
-        if identify is None:
-            raise FlowError("identity_invalid")
         try:
-            asked = await self._egress.converse(
-                identify(_credential(flow, configured, answer)), origins=set(configured.endpoints.origins.values())
-            )
-            return plain_account(asked)
-        except (ProviderAnswerError, IdentityInvalid):
+            origins = set(configured.endpoints.origins.values())
+            return plain_account(await self._egress.converse(dialogue, origins=origins))
+        except (UpstreamInvalid, IdentityInvalid):
             raise FlowError("identity_invalid") from None
         except BrokerError:
             raise FlowError("provider_unavailable") from None
@@ -482,7 +483,7 @@ class Flows:
             return session.get(Connection, flow.reconnects), session.exec(others).first() if account_id else None
 
         old, other = await self._database.read(work)
-        if old is None or old.deleted_at is not None:
+        if old is None or old.deleted_at is not None or old.status == "pending":
             raise FlowError("session_expired")
         if old.account_id != account_id and (old.account_id is not None or other is not None):
             raise FlowError("account_mismatch")
@@ -501,7 +502,6 @@ class Flows:
         value = oauth_value(answer, received_at=received_at)
         version = await self._vault.put(secret_owner(connection_id), value, expected_version=0)
         pending.secret_version, pending.refreshable = version, "refresh_token" in value
-        at_once = flow.session_id is not None and configured.config.confirm == "without_session"
 
         def work(session: Session) -> None:
             at = now(session)
@@ -516,7 +516,8 @@ class Flows:
             self._audit.append(session, _entry("connection.pending", flow, connection_id=connection_id))
 
         await self._database.transaction(work)
-        survivor = await self._confirmations.activate_at_once(connection_id) if at_once else None
+        at_once = configured.config.confirm == "without_session"
+        survivor = await self._confirmations.activate_at_once(flow, pending) if at_once else None
         if survivor is not None:
             return _connected(flow, survivor.id, None, pending.missing_scopes)
         return _connected(flow, connection_id, code, pending.missing_scopes)

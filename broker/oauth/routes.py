@@ -1,4 +1,4 @@
-"""The browser's two routes of a flow: start and callback. HTTP in, HTTP out; ``flow`` decides."""
+"""The browser's two routes of a flow, start and callback: HTTP in, HTTP out, ``flow`` decides."""
 
 from __future__ import annotations
 

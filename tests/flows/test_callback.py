@@ -9,11 +9,9 @@ from typing import Any
 
 import httpx2
 import pytest
-import sqlalchemy as sa
 import structlog
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sqlmodel import col
 
 from broker.demo.sandbox import Fault
 from broker.models import Connection, Flow, IntegrationLog
@@ -31,6 +29,7 @@ from tests.flows.shared import (
     opened_rig,
     parameters,
     person,
+    rewritten,
     rows,
     stored,
     subject,
@@ -238,17 +237,22 @@ async def test_a_callback_without_a_code_ends_the_flow(shared: Rig) -> None:
 async def test_a_flow_that_took_too_long_is_over(shared: Rig) -> None:
     browser = browser_of(shared)
     url = await arrived(shared, browser)
-    await age(shared, parameters(url)["state"], expires_at=1.0)
+    newest = max(await rows(shared, Flow), key=lambda row: row.created_at)
+    await rewritten(shared, Flow, newest.id, expires_at=1.0)
     exchanges = shared.sandbox.state.counters.exchanges
     assert is_error(await browser.get(url), "state_expired")
     assert shared.sandbox.state.counters.exchanges == exchanges
 
 
-async def age(rig: Rig, _state: str, **times: float) -> None:
-    """Put the newest flow's times into the past."""
-    newest = max(await rows(rig, Flow), key=lambda row: row.created_at)
-    change = sa.update(Flow).where(col(Flow.id) == newest.id).values(**times)
-    await rig.parts.database.transaction(lambda session: session.execute(change))
+async def test_a_flow_whose_sealed_parts_do_not_open_ends_without_an_exchange(shared: Rig) -> None:
+    browser = browser_of(shared)
+    url = await arrived(shared, browser)
+    newest = max(await rows(shared, Flow), key=lambda row: row.created_at)
+    assert newest.sealed_verifier is not None
+    await rewritten(shared, Flow, newest.id, sealed_verifier=newest.sealed_verifier[:-1] + b"x")
+    exchanges = shared.sandbox.state.counters.exchanges
+    assert is_error(await browser.get(url), "state_invalid")
+    assert shared.sandbox.state.counters.exchanges == exchanges
 
 
 async def test_an_integration_that_is_switched_off_or_removed_during_a_flow_gets_no_exchange(shared: Rig) -> None:
@@ -298,6 +302,7 @@ ANSWERS: list[tuple[str, str | Fault]] = [
         for status in (408, 429, 500, 503, 599)
     ),
     *(("exchange_failed", Fault(kind="answer", status=status, body=TOKENISH)) for status in (400, 401, 403, 302, 204)),
+    ("exchange_failed", Fault(kind="answer", status=200, body=TOKENISH, headers={"content-encoding": "gzip"})),
 ]
 
 
@@ -484,7 +489,7 @@ async def test_after_120_seconds_a_duplicate_gets_a_page_and_no_code(shared: Rig
     assert newest.outcome_until is not None
     assert newest.consumed_at is not None
     assert 119 < newest.outcome_until - newest.consumed_at < 135
-    await age(shared, "", outcome_until=newest.consumed_at - 1)
+    await rewritten(shared, Flow, newest.id, outcome_until=newest.consumed_at - 1)
     assert is_page(await browser.get(url), "state_expired")
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import httpx2
 import pytest
-import sqlalchemy as sa
-from sqlmodel import col
 
+from broker.database import now
 from broker.models import Connection, Flow, SealedSecret
+from broker.oauth.confirm import Newcomer, keeps_refresh_token
 from tests.flows.rig import APP, Rig, eventually, landed
 from tests.flows.shared import (
     audited,
@@ -22,6 +22,7 @@ from tests.flows.shared import (
     is_error,
     opened_rig,
     person,
+    rewritten,
     row,
     rows,
     stored,
@@ -44,8 +45,6 @@ async def nothing_is_handed_out(rig: Rig, connection_id: str, *owners: str) -> N
         found = await rig.call("POST", "/v1/token", {"integration": "sandbox", "subject": owner})
         assert found.status_code in {404, 409}, found.text
         assert found.status_code == 404 or found.json().get("connection_id") != connection_id
-    reconnect = await rig.call("POST", f"/v1/connections/{connection_id}/reconnect", {})
-    assert reconnect.status_code in {400, 409}, reconnect.text
     shown = await rig.call("GET", f"/v1/connections/{connection_id}")
     assert shown.json()["status"] == "pending"
 
@@ -158,8 +157,7 @@ async def test_a_code_is_valid_for_120_seconds(shared: Rig) -> None:
     assert found.confirm_until is not None
     assert found.consumed_at is not None
     assert 119 < found.confirm_until - found.consumed_at < 135
-    late = sa.update(Flow).where(col(Flow.id) == found.id).values(confirm_until=found.consumed_at - 1)
-    await shared.parts.database.transaction(lambda session: session.execute(late))
+    await rewritten(shared, Flow, found.id, confirm_until=found.consumed_at - 1)
     assert code_of(await shared.confirm(came, subject(), return_to=APP)) == (409, "confirm_invalid")
 
 
@@ -221,10 +219,33 @@ async def test_a_repeat_with_another_body_or_after_120_seconds_is_refused(shared
     assert (await shared.confirm(came, owner, return_to=APP)).status_code == 200
     assert code_of(await shared.confirm(came, subject(), return_to=APP)) == (409, "confirm_invalid")
     assert code_of(await shared.confirm({**came, "confirm": "x"}, owner, return_to=APP)) == (409, "confirm_invalid")
-    late = sa.update(Flow).where(col(Flow.connection_id) == came["connection_id"]).values(confirmed_at=1.0)
-    await shared.parts.database.transaction(lambda session: session.execute(late))
+    (found,) = [one for one in await rows(shared, Flow) if one.connection_id == came["connection_id"]]
+    await rewritten(shared, Flow, found.id, confirmed_at=1.0)
     assert code_of(await shared.confirm(came, owner, return_to=APP)) == (409, "confirm_invalid")
     assert (await shared.token(came["connection_id"])).status_code == 200
+
+
+async def test_a_repeat_does_not_bring_back_a_connection_that_was_deleted_since(shared: Rig) -> None:
+    owner = subject()
+    came = landed(await flow(shared, user=person()))
+    assert (await shared.confirm(came, owner, return_to=APP)).status_code == 200
+    await shared.call("DELETE", f"/v1/connections/{came['connection_id']}")
+    assert code_of(await shared.confirm(came, owner, return_to=APP)) == (404, "not_found")
+
+
+async def test_races_end_the_same_way_on_postgresql(tmp_path: Path, postgres_url: str) -> None:
+    async with opened_rig(tmp_path, database_url=postgres_url) as rig:
+        for _ in range(2):  # makes a connection, then merges into it
+            browser = browser_of(rig)
+            url = await rig.consent(await rig.begin(browser), user="ada")
+            callbacks = await asyncio.gather(*(browser.get(url) for _ in range(20)))
+            assert len({answer.headers["location"] for answer in callbacks}) == 1
+            came = landed(callbacks[0])
+            answers = await asyncio.gather(*(rig.confirm(came, return_to=APP) for _ in range(20)))
+            assert {answer.status_code for answer in answers} == {200}
+            assert len({answer.json()["id"] for answer in answers}) == 1
+        assert rig.sandbox.state.counters.exchanges == 2
+        assert [one.status for one in await rows(rig, Connection)] == ["active"]
 
 
 async def test_two_flows_of_one_account_confirmed_at_once_end_in_one_connection(shared: Rig) -> None:
@@ -241,9 +262,8 @@ async def test_two_flows_of_one_account_confirmed_at_once_end_in_one_connection(
 async def test_a_confirm_and_the_sweeper_do_not_both_win(shared: Rig) -> None:
     for _ in range(4):
         came = landed(await flow(shared, user=person()))
-        over = sa.update(Connection).where(col(Connection.id) == came["connection_id"]).values(pending_until=1.0)
         confirm = asyncio.create_task(shared.confirm(came, subject(), return_to=APP))
-        await shared.parts.database.transaction(lambda session, change=over: session.execute(change))
+        await rewritten(shared, Connection, came["connection_id"], pending_until=1.0)
         await asyncio.gather(*(shared.parts.confirmations.sweep() for _ in range(3)))
         answer, found = await confirm, await row(shared, came["connection_id"])
         if answer.status_code == 200:
@@ -306,8 +326,7 @@ async def test_an_unconfirmed_flow_is_not_revoked_where_an_active_connection_wou
 
 async def test_a_provider_that_is_down_does_not_keep_the_secret_alive(shared: Rig) -> None:
     came = landed(await flow(shared, user=person()))
-    over = sa.update(Connection).where(col(Connection.id) == came["connection_id"]).values(pending_until=1.0)
-    await shared.parts.database.transaction(lambda session: session.execute(over))
+    await rewritten(shared, Connection, came["connection_id"], pending_until=1.0)
     shared.sandbox.state.add_fault("drop_request", endpoint="revoke")
     assert await shared.parts.confirmations.sweep() == 1
     assert await secrets_of(shared, came["connection_id"]) == 0
@@ -328,8 +347,78 @@ async def test_the_same_account_again_updates_and_another_account_is_another_con
     assert again["id"] == first["id"] != other["id"]
     new_token = await bearer(shared, first["id"])
     assert new_token != old_token
-    assert (await shared.whoami(new_token)).json()["id"] == f"user-{account}"
+    assert (await shared.whoami(new_token)).json()["account"]["id"] == f"user-{account}"
     assert (await connected(shared, subject(), account))["id"] != first["id"]
+
+
+@pytest.mark.parametrize(
+    ("old", "kept"),
+    [
+        ({}, True),
+        ({"status": "frozen"}, True),
+        ({"status": "reauthorization_required"}, False),
+        ({"status": "revoked"}, False),
+        ({"refreshable": False}, False),
+        ({"account_id": None}, False),
+        ({"account_id": "eve"}, False),
+        ({"client_id": "another"}, False),
+        ({"pins": {"token": "https://evil.test", "revoke": "https://id.test"}}, False),
+        ({"pins": {"token": "https://id.test", "revoke": "https://evil.test"}}, False),
+        ({"pins": {"token": "https://id.test"}}, False),
+        ({"pins": {"token": "https://id.test", "revoke": "https://id.test", "api:": "https://evil.test"}}, False),
+        ({"pins": {"token": "https://id.test", "revoke": "https://id.test", "api:old": "https://old.test"}}, True),
+    ],
+)
+async def test_an_old_refresh_token_is_kept_only_where_it_is_the_same_grant_and_goes_to_the_same_places(
+    old: dict[str, Any], *, kept: bool
+) -> None:
+    pins = {"token": "https://id.test", "revoke": "https://id.test"}
+    made = {"status": "active", "refreshable": True, "account_id": "ada", "client_id": "app", "pins": pins, **old}
+    existing = Connection(id="con_x", integration="i", provider="p", created_at=0.0, **made)
+    newcomer = Newcomer("ada", "app", {**pins, "api:": "https://api.test"})
+    assert keeps_refresh_token(existing, newcomer) is kept
+
+
+async def test_a_merge_that_was_cut_off_may_be_tried_again_after_a_minute(shared: Rig) -> None:
+    owner, account = subject(), person()
+    old = await connected(shared, owner, account)
+    came = landed(await flow(shared, user=account))
+    (found,) = [one for one in await rows(shared, Flow) if one.connection_id == came["connection_id"]]
+    at = await shared.parts.database.read(now)
+    await rewritten(shared, Flow, found.id, confirm_claimed_at=at)
+    assert code_of(await shared.confirm(came, owner, return_to=APP)) == (409, "confirm_invalid")
+    await rewritten(shared, Connection, came["connection_id"], pending_until=1.0)
+    await shared.parts.confirmations.sweep()
+    assert await row(shared, came["connection_id"]) is not None
+    await rewritten(shared, Connection, came["connection_id"], pending_until=at + 100)
+    await rewritten(shared, Flow, found.id, confirm_claimed_at=at - 61)
+    assert (await shared.confirm(came, owner, return_to=APP)).json()["id"] == old["id"]
+
+
+async def test_a_merge_whose_secret_is_gone_leaves_the_old_connection_and_gives_its_claim_back(shared: Rig) -> None:
+    owner, account = subject(), person()
+    old = await connected(shared, owner, account)
+    token = await bearer(shared, old["id"])
+    came = landed(await flow(shared, user=account))
+    await shared.parts.vault.destroy(f"connections/{came['connection_id']}")
+    assert code_of(await shared.confirm(came, owner, return_to=APP)) == (409, "confirm_invalid")
+    assert await bearer(shared, old["id"]) == token
+    (found,) = [one for one in await rows(shared, Flow) if one.connection_id == came["connection_id"]]
+    assert found.confirm_claimed_at is None
+    assert found.confirmed_at is None
+
+
+@pytest.mark.parametrize("theirs", [{"subject": "somebody else"}, {"account_id": "another account"}])
+async def test_a_reconnect_never_writes_into_a_connection_that_is_not_the_one_it_was_made_for(
+    shared: Rig, theirs: dict[str, str]
+) -> None:
+    owner, account = subject(), person()
+    connection = await connected(shared, owner, account)
+    token = await bearer(shared, connection["id"])
+    came = landed(await reconnect(shared, connection["id"], account))
+    await rewritten(shared, Connection, connection["id"], **theirs)
+    assert code_of(await shared.confirm(came, owner)) == (409, "conflict")
+    assert await bearer(shared, connection["id"]) == token
 
 
 async def test_a_merge_without_a_refresh_token_keeps_the_old_one(shared: Rig) -> None:
@@ -352,18 +441,18 @@ async def test_an_old_refresh_token_of_an_unknown_account_or_another_client_is_n
     account = person()
     planted = {"type": "oauth2", "access_token": "old-access", "refresh_token": "old-refresh"}
     for fields in ({}, {"account": {"id": f"user-{account}"}}):
-        body = {"integration": "sandbox", "subject": subject(), "credentials": planted, **fields}
+        owner = subject()
+        body = {"integration": "sandbox", "subject": owner, "credentials": planted, **fields}
         imported = (await shared.call("POST", "/v1/connections", body)).json()
         if fields:
-            other = sa.update(Connection).where(col(Connection.id) == imported["id"]).values(client_id="another")
-            await shared.parts.database.transaction(lambda session, change=other: session.execute(change))
+            await rewritten(shared, Connection, imported["id"], client_id="another")
         made = await shared.call("POST", f"/v1/connections/{imported['id']}/reconnect", {"return_to": APP})
         shared.sandbox.state.configure(refresh_tokens="never")
         try:
             came = landed(await flow(shared, user=account, session=made.json()["token"]))
         finally:
             shared.sandbox.state.configure(refresh_tokens="always")
-        assert (await shared.confirm(came, body["subject"])).json()["id"] == imported["id"]
+        assert (await shared.confirm(came, owner)).json()["id"] == imported["id"]
         _, value = await shared.parts.vault.get(f"connections/{imported['id']}")
         assert "refresh_token" not in value
         assert code_of(await shared.token(imported["id"], force_refresh=True)) == (409, "not_refreshable")
@@ -383,7 +472,19 @@ async def test_a_reconnect_with_another_account_is_refused_and_the_old_one_untou
     assert is_error(await reconnect(shared, connection["id"], person()), "account_mismatch")
     assert await stored(shared) == before
     assert await bearer(shared, connection["id"]) == token
-    assert (await shared.whoami(token)).json()["id"] == f"user-{account}"
+    assert (await shared.whoami(token)).json()["account"]["id"] == f"user-{account}"
+
+
+async def test_a_reconnect_is_no_way_around_the_confirm_of_a_pending_connection(shared: Rig) -> None:
+    owner, account = subject(), person()
+    session = await shared.session(owner, return_to=APP)
+    came = landed(await flow(shared, user=account, session=session["token"]))
+    made = await shared.call("POST", f"/v1/connections/{came['connection_id']}/reconnect", {"return_to": APP})
+    if made.status_code == 201:
+        assert is_error(await flow(shared, user=account, session=made.json()["token"]), "session_expired")
+    else:
+        assert made.status_code in {400, 409}, made.text
+    await nothing_is_handed_out(shared, came["connection_id"], owner)
 
 
 async def test_a_reconnect_makes_a_dead_connection_active_again(shared: Rig) -> None:
@@ -448,9 +549,7 @@ async def test_a_connection_without_a_known_account_cannot_become_one_that_is_co
 async def test_a_frozen_connection_stays_frozen_whoever_connects_again(shared: Rig) -> None:
     owner, account = subject(), person()
     connection = await connected(shared, owner, account)
-    freeze = sa.update(Connection).where(col(Connection.id) == connection["id"])
-    freeze = freeze.values(status="frozen", status_reason="incident 7")
-    await shared.parts.database.transaction(lambda session: session.execute(freeze))
+    await rewritten(shared, Connection, connection["id"], status="frozen", status_reason="incident 7")
     again = await connected(shared, owner, account)
     assert (again["id"], again["status"], again["status_reason"]) == (connection["id"], "frozen", "incident 7")
     assert code_of(await shared.token(connection["id"])) == (409, "connection_frozen")
@@ -478,7 +577,7 @@ def _session(owner: str, team: str) -> dict[str, Any]:
     return {"subject": owner, "return_to": APP, "tags": {"team": team}}
 
 
-# config.confirm: without_session
+# Where an integration gives up the confirm for flows with a session
 
 
 async def at_once(rig: Rig) -> str:

@@ -7,7 +7,9 @@ import base64
 import contextlib
 import hashlib
 import json
-from collections.abc import AsyncIterator
+import random
+import sqlite3
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -18,10 +20,13 @@ from sqlmodel import Session
 from structlog.testing import capture_logs
 
 from broker.app import open_parts
-from broker.credentials import Credentials, LeaseLost, require_lease, secret_owner
+from broker.credentials import Credentials, LeaseLost, bearer_of, require_lease, secret_owner
+from broker.database import now
 from broker.demo.sandbox import DEMO_CLIENT_ID, DEMO_CLIENT_SECRET, Fault
-from broker.errors import BrokerError, UpstreamTimeout
-from broker.models import RefreshJournal
+from broker.errors import BrokerError, NotFound, UpstreamTimeout
+from broker.models import ClientSecret, RefreshJournal
+from broker.refresh import Ask
+from broker.vault import Vault
 from providers.spec import Refresh, Secret
 from tests.flows.rig import Rig, eventually, open_rig, reserved_socket
 from tests.flows.time_passes import (
@@ -154,11 +159,11 @@ async def test_a_caller_does_not_wait_for_another_process_for_ever(rig: Rig) -> 
                 pytest.fail("held by two")
 
 
-def another_process(rig: Rig, **seconds: float) -> Credentials:
+def another_process(rig: Rig, vault: Vault | None = None, **seconds: float) -> Credentials:
     parts = rig.parts
     return Credentials(
         parts.database,
-        parts.vault,
+        vault or parts.vault,
         parts.sealer,
         parts.egress,
         parts.integrations,
@@ -184,7 +189,7 @@ async def test_a_connection_survives_many_refreshes_in_each_rotation_mode(rig: R
 
 
 async def test_where_the_old_refresh_token_may_not_be_kept_an_answer_without_one_ends_refreshing(rig: Rig) -> None:
-    behaves(rig, Refresh(keep_old=False))
+    behaves(rig.parts, Refresh(keep_old=False))
     connection_id = await expired(rig, mode="static")
     assert (await rig.token(connection_id)).status_code == 200
     assert (await row_of(rig.parts.database, connection_id)).refreshable is False
@@ -319,7 +324,7 @@ async def test_a_lost_answer_of_a_strict_provider_ends_in_a_consent_that_names_i
 
 @pytest.mark.parametrize(("mode", "refresh"), [("grace", ROTATES_WITH_GRACE), ("static", STATIC)])
 async def test_a_lost_answer_heals_where_the_same_token_answers_again(rig: Rig, mode: str, refresh: Refresh) -> None:
-    behaves(rig, refresh)
+    behaves(rig.parts, refresh)
     connection = await rig.connected()
     rig.sandbox.state.configure(mode=mode)
     rig.sandbox.state.add_fault("drop_answer")
@@ -356,7 +361,7 @@ async def test_a_rotating_provider_is_sent_the_same_token_at_most_three_times_ag
 
 
 async def test_a_provider_that_does_not_rotate_is_asked_for_ever(rig: Rig) -> None:
-    behaves(rig, STATIC)
+    behaves(rig.parts, STATIC)
     connection_id = await expired(rig, mode="static")
     rig.sandbox.state.add_fault("drop_request", times=8)
     for _ in range(8):
@@ -386,7 +391,7 @@ async def test_a_silent_provider_is_a_time_out_and_heals(rig: Rig) -> None:
 
 
 async def test_a_late_holder_writes_nothing_and_its_callers_get_the_newest_token(rig: Rig) -> None:
-    behaves(rig, ROTATES_WITH_GRACE)
+    behaves(rig.parts, ROTATES_WITH_GRACE)
     connection_id = await expired(rig, mode="grace")
     rig.sandbox.state.add_fault(Fault(kind="stall", seconds=1.0, commit=True))
     late = asyncio.create_task(rig.token(connection_id))
@@ -569,3 +574,158 @@ async def test_the_log_tells_the_story_of_a_refresh_without_a_secret(rig: Rig) -
         for name in ("access_token", "refresh_token"):
             assert not [spelling for spelling in spellings(value[name]) if spelling in text]
     assert not [spelling for spelling in spellings(DEMO_CLIENT_SECRET) if spelling in text]
+
+
+# --- the store and the database fail --------------------------------------------------------------------------------------
+
+
+async def test_an_answer_is_kept_in_memory_until_the_database_takes_it(rig: Rig) -> None:
+    connection_id = await expired(rig, latency_seconds=0.2)
+    path = rig.parts.settings.data_dir / "broker.db"
+    caller = asyncio.create_task(rig.token(connection_id))
+    await eventually(lambda: _arrived(rig))
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as locked:
+        locked.execute("BEGIN IMMEDIATE")
+        await asyncio.sleep(5.6)  # longer than a writer waits for the lock
+        locked.execute("ROLLBACK")
+    answer = await caller
+    assert answer.status_code == 200
+    assert (await rig.whoami(answer.json()["access_token"])).status_code == 200
+    assert (refreshes(rig), alarms(rig)) == (1, (0, 0))
+
+
+class CrashingVault:
+    """The rig's vault, which lets the process crash before or after its n-th write."""
+
+    def __init__(self, vault: Vault, crash_at: int, *, after: bool) -> None:
+        self._vault, self._left, self._after = vault, crash_at, after
+
+    async def put(self, owner: str, value: Mapping[str, Any], *, expected_version: int) -> int:
+        self._left -= 1
+        if self._left == 0 and not self._after:
+            raise Crash
+        version = await self._vault.put(owner, value, expected_version=expected_version)
+        if self._left == 0:
+            raise Crash
+        return version
+
+    async def get(self, owner: str, version: int | None = None) -> tuple[int, dict[str, Any]]:
+        return await self._vault.get(owner, version)
+
+    async def destroy(self, owner: str) -> None:
+        await self._vault.destroy(owner)
+
+    async def owners(self, prefix: str) -> list[tuple[str, float]]:
+        return await self._vault.owners(prefix)
+
+
+class Crash(Exception):
+    """The process is gone."""
+
+
+async def test_whatever_crashes_come_one_after_the_other_the_version_that_the_row_names_can_be_read(rig: Rig) -> None:
+    """Law: different writers crash at each write of ``put``, and before the row; the pinned content never changes."""
+    connection = await rig.connected()
+    connection_id, parts = connection["id"], rig.parts
+    pinned = (await parts.vault.get(secret_owner(connection_id), 1))[1]
+    chance = random.Random(20_262)  # noqa: S311 - repeatable, not secret
+    for number in range(60):
+        vault = CrashingVault(parts.vault, chance.randint(1, 4), after=chance.random() < 0.5)
+        writer = another_process(rig, vault=vault)
+        row = await row_of(parts.database, connection_id)
+        with contextlib.suppress(Crash):
+            value = {"type": "oauth2", "access_token": f"a{chance.randint(0, 2)}"}
+            version = await writer.put(connection_id, value, expected_version=row.secret_version)
+            assert await parts.vault.get(secret_owner(connection_id), version) == (version, value), number
+        row = await row_of(parts.database, connection_id)
+        assert (await parts.vault.get(secret_owner(connection_id), row.secret_version))[1] == pinned, number
+    assert (await rig.token(connection_id)).json()["access_token"] == pinned["access_token"]
+
+
+async def test_a_version_that_moved_without_a_new_token_is_refreshed_once_more(rig: Rig) -> None:
+    connection_id = await expired(rig, latency_seconds=0.1)
+    follower = asyncio.create_task(rig.token(connection_id))
+    await eventually(lambda: _arrived(rig))
+    assert (await follower).status_code == 200
+    async with rig.parts.credentials.holding(connection_id) as claimed:
+        await ends_in(rig.parts.database, connection_id, -1)
+        waiting = asyncio.create_task(rig.token(connection_id))
+        await asyncio.sleep(0.1)
+        await rig.parts.vault.put(
+            secret_owner(connection_id), {"type": "oauth2", "access_token": "x"}, expected_version=2
+        )
+        _, now_named = await rig.parts.vault.get(secret_owner(connection_id), 2)
+        await rig.parts.vault.put(secret_owner(connection_id), now_named, expected_version=3)
+        await set_row(rig.parts.database, connection_id, secret_version=4)
+        assert claimed.row.secret_version == 2
+    answer = await waiting
+    assert answer.status_code == 200
+    assert (await rig.whoami(answer.json()["access_token"])).status_code == 200
+    assert refreshes(rig) == 2
+
+
+async def test_a_secret_that_is_gone_is_a_named_error(rig: Rig) -> None:
+    connection = await rig.connected()
+    await set_row(rig.parts.database, connection["id"], secret_version=9)
+    answer = await rig.token(connection["id"])
+    assert (answer.status_code, answer.json()["code"]) == (503, "secret_store_unavailable")
+
+
+async def test_without_a_client_secret_nothing_is_sent_and_nothing_is_lost(rig: Rig) -> None:
+    connection_id = await expired(rig)
+    await rig.parts.database.transaction(lambda session: session.execute(sa.delete(ClientSecret)))
+    answer = await rig.token(connection_id)
+    assert (answer.status_code, answer.json()["code"]) == (502, "provider_unavailable")
+    row = await row_of(rig.parts.database, connection_id)
+    assert (row.status, row.status_reason, row.unknown_outcomes) == ("active", "not_sent", 0)
+    assert sent(rig) == []
+
+
+async def test_settling_leaves_a_live_lease_and_a_connection_that_is_gone_alone(rig: Rig) -> None:
+    connection = await rig.connected()
+    async with rig.parts.credentials.holding(connection["id"]):
+        await another_process(rig).settle(connection["id"])
+    await rig.parts.credentials.settle("con_gone")
+    assert await left_over(rig.parts.database, connection["id"]) == NOTHING_LEFT
+    with pytest.raises(NotFound):
+        await rig.parts.credentials.claim("con_gone")
+
+
+async def test_an_answer_that_narrows_the_scopes_and_names_an_end_is_believed(rig: Rig) -> None:
+    connection_id = await expired(rig, refresh_token_seconds=86_400)
+    body = {
+        "access_token": "a2",
+        "refresh_token": "r2",
+        "token_type": "Bearer",
+        "expires_in": 60,
+        "scope": "openid",
+        "refresh_token_expires_in": 7200,
+    }
+    rig.sandbox.state.add_fault(Fault(kind="answer", status=200, body=body))
+    answer = (await rig.token(connection_id)).json()
+    assert (answer["access_token"], answer["scopes"]) == ("a2", ["openid"])
+    row = await row_of(rig.parts.database, connection_id)
+    at = await rig.parts.database.read(now)
+    assert row.refresh_expires_at is not None
+    assert row.token_expires_at is not None
+    assert 7100 < row.refresh_expires_at - at <= 7200
+    assert 50 < row.token_expires_at - at <= 60
+
+
+async def test_a_basic_pair_is_handed_out_encoded() -> None:
+    value = {"type": "basic", "username": "ada", "password": "p:w"}
+    assert base64.b64decode(bearer_of(value)) == b"ada:p:w"
+
+
+async def test_a_live_token_is_not_withheld_while_another_process_holds_the_lease(rig: Rig) -> None:
+    connection = await rig.connected()
+    await ends_in(rig.parts.database, connection["id"], 50)
+    other = another_process(rig, live_wait_seconds=0.1)
+    row = await row_of(rig.parts.database, connection["id"])
+    configured = await rig.parts.integrations.configured("sandbox")
+    async with rig.parts.credentials.holding(connection["id"]):
+        handout = await other.fresh(row, configured, Ask(min_ttl_seconds=300), await rig.parts.database.read(now))
+        assert handout.stale is True
+    await eventually(lambda: refreshed(rig, connection["id"]))
+    await other.aclose()
+    assert refreshes(rig) == 1, "its refresh went on without the caller"

@@ -7,8 +7,6 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-import sqlalchemy as sa
-from sqlmodel import col
 
 from broker.models import BrowserSession, Flow
 from tests.flows.rig import APP, Browser, Rig, landed
@@ -21,6 +19,7 @@ from tests.flows.shared import (
     is_page,
     parameters,
     person,
+    rewritten,
     rows,
     start,
     subject,
@@ -128,6 +127,7 @@ async def test_a_prefetch_does_not_take_a_session(shared: Rig, headers: dict[str
 async def test_a_session_that_is_not_one_is_over(shared: Rig, shown: str) -> None:
     assert is_page(await start(browser_of(shared), session=shown), "session_expired")
     assert is_error(await start(browser_of(shared), session=shown, return_to=APP), "session_expired")
+    assert is_page(await start(browser_of(shared), session=shown, return_to="https://evil.test"), "session_expired")
 
 
 async def test_every_byte_changed_in_a_token_gets_one_shape_of_refusal(shared: Rig) -> None:
@@ -142,8 +142,7 @@ async def test_every_byte_changed_in_a_token_gets_one_shape_of_refusal(shared: R
 async def test_an_expired_session_starts_nothing(shared: Rig) -> None:
     browser = browser_of(shared)
     session = await owned(shared, browser)
-    over = sa.update(BrowserSession).where(col(BrowserSession.id) == session["id"]).values(expires_at=1.0)
-    await shared.parts.database.transaction(lambda database: database.execute(over))
+    await rewritten(shared, BrowserSession, session["id"], expires_at=1.0)
     assert is_page(await start(browser, session=session["id"]), "session_expired")
     assert is_page(await start(browser, session=session["token"]), "session_expired")
     assert is_error(await start(browser, session=session["id"], return_to=APP), "session_expired")
@@ -201,9 +200,14 @@ async def test_a_session_asks_for_its_own_scopes_as_far_as_the_integration_still
     assert asked["scope"].split() == ["openid"]
 
 
-async def test_a_session_without_scopes_of_its_own_does_not_get_all_of_them(shared: Rig) -> None:
-    session = await shared.session(scopes=[], return_to=APP)
-    assert "scope" not in parameters(await shared.begin(browser_of(shared), session=session["token"]))
+async def test_a_session_whose_scopes_are_all_gone_does_not_get_those_of_the_integration(shared: Rig) -> None:
+    await shared.integration("narrowed", scopes=["openid", "profile"])
+    browser = browser_of(shared)
+    session = await shared.session(integrations=["narrowed"], scopes=["profile"], return_to=APP)
+    await shared.call("PATCH", "/v1/integrations/narrowed", {"scopes": ["openid"]})
+    await start(browser, "narrowed", session=session["token"])
+    assert is_error(await start(browser, "narrowed", session=session["id"]), "session_expired")
+    assert (await shared.call("POST", "/v1/sessions", {"subject": subject(), "scopes": []})).status_code == 400
 
 
 async def test_a_return_to_of_the_session_ends_its_flows_and_one_off_the_list_is_refused(shared: Rig) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx2
@@ -66,7 +67,7 @@ async def test_the_challenge_is_the_s256_of_a_verifier_as_in_rfc_7636_appendix_b
     )
 
 
-# return_to
+# Where the browser may be sent afterwards
 
 
 @pytest.mark.parametrize("asked", [*THREATS, "https://127.0.0.1:7777/app/", "http://127.0.0.1:7777/application", ""])
@@ -252,7 +253,8 @@ async def test_in_production_the_cookie_is_secure_and_pinned_to_the_host(tmp_pat
         admin_key=mint_key()[1].reveal(),
     )
     async with open_parts(settings) as parts:
-        transport = httpx2.ASGITransport(app=create_app(parts))
+        app: Any = create_app(parts)  # httpx2 and the framework type the same protocol differently
+        transport = httpx2.ASGITransport(app=app)
         async with httpx2.AsyncClient(transport=transport, base_url="https://broker.good.test") as http:
             answer = await http.get("/oauth/github/start?return_to=https://app.good.test/connected")
             plain = await http.get("/oauth/github/start?return_to=http://app.good.test/connected")

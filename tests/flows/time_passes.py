@@ -14,7 +14,6 @@ from broker.database import Database, now
 from broker.models import AuditRecord, Connection, RefreshAttempt, RefreshJournal, RefreshLease
 from broker.refresh import Ask
 from providers.spec import OAuth2, Refresh
-from tests.flows.rig import Rig
 
 
 async def row_of(database: Database, connection_id: str) -> Connection:
@@ -61,12 +60,12 @@ async def audited(database: Database, action: str) -> list[dict[str, Any]]:
     return [record.detail for record in await database.read(lambda session: list(session.exec(query)))]
 
 
-def behaves(rig: Rig, refresh: Refresh) -> None:
+def behaves(parts: Parts, refresh: Refresh) -> None:
     """Say in the generic provider's file how its refresh tokens behave."""
-    known = rig.parts.integrations.catalog["oidc"]
+    known = parts.integrations.catalog["oidc"]
     assert isinstance(known.oauth2, OAuth2)
     changed = dataclasses.replace(known, oauth2=dataclasses.replace(known.oauth2, refresh=refresh))
-    rig.parts.integrations.catalog = {**rig.parts.integrations.catalog, "oidc": changed}
+    parts.integrations.catalog = {**parts.integrations.catalog, "oidc": changed}
 
 
 async def fresh(parts: Parts, connection_id: str, **ask: Any) -> Handout:

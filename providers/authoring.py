@@ -1,0 +1,226 @@
+"""For whoever writes a provider's file: a commented skeleton to begin with, and a check of what the file must stand.
+
+``broker providers new`` and ``broker providers check`` call this. Nothing here reaches a network: the functions of a file are
+tried with made-up answers. The tests of the catalog try them with many more.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import pkgutil
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import providers
+from providers import NAME, URL_FIELDS, CatalogError, collect
+from providers.spec import (
+    Account,
+    Credential,
+    Dialogue,
+    Incoming,
+    OAuth2,
+    Outgoing,
+    Provider,
+    ProviderAnswerError,
+    Secret,
+)
+
+T = TypeVar("T")
+MOST_REQUESTS = 5
+TOKENS = {"access token": "access-token-made-up", "refresh token": "refresh-token-made-up", "secret": "secret-made-up"}
+ANSWERS = (  # what a provider may say on a bad day, and on a good one
+    Incoming(200, body=b"{}"),
+    Incoming(200, body=b"[]"),
+    Incoming(200, body=b"null"),
+    Incoming(200, body=b"<html>"),
+    Incoming(200, body=b'{"id": 1, "sub": "1", "login": 2, "name": 3, "email": 4, "email_verified": "x"}'),
+    Incoming(200, body=b'{"id": "1", "sub": 1, "error": "no", "error_description": []}'),
+    Incoming(204),
+    Incoming(302, {"location": "https://elsewhere.test/"}),
+    *(Incoming(status, body=b'{"error": "no"}') for status in (400, 401, 403, 404, 422, 429, 500, 503)),
+)
+UNCONFIRMED = frozenset({302, 401, 403, 429, 500, 503})
+TOKEN_ANSWERS: tuple[Mapping[str, Any], ...] = (
+    {},
+    {"access_token": "x", "token_type": "bearer"},
+    {"access_token": 1, "expires_in": "soon", "refresh_expires_in": None, "scope": []},
+    {"error": "invalid_grant"},
+    {"error": {"code": 1}},
+)
+
+
+def names() -> list[str]:
+    """Return the modules beside this one that may be a provider's file, sorted."""
+    tools = {"authoring", "spec"}
+    return sorted(found.name for found in pkgutil.iter_modules(providers.__path__) if found.name not in tools)
+
+
+def check_all() -> list[str]:
+    """Return everything that is wrong with the catalog, as sentences that begin with a file's name; empty for nothing."""
+    modules = {name: module for name in names() if not isinstance(module := _imported(name), str)}
+    try:
+        collect(modules)
+        shared = []
+    except CatalogError as error:
+        shared = [str(error)]
+    return list(dict.fromkeys([*(problem for name in names() for problem in check(name)), *shared]))
+
+
+def check(name: str) -> list[str]:
+    """Return everything that is wrong with one file; ``KeyError`` when there is none of that name."""
+    if name not in names():
+        raise KeyError(name)
+    module = _imported(name)
+    if isinstance(module, str):
+        return [f"{name}: {module}"]
+    try:
+        found = collect({name: module})
+    except CatalogError as error:
+        return [str(error)]
+    return [f"{name}: {problem}" for provider in found.values() for problem in dict.fromkeys(trials(provider))]
+
+
+def _imported(name: str) -> Mapping[str, Any] | str:
+    """Return what a module holds, or why it cannot be imported."""
+    try:
+        return vars(importlib.import_module(f"providers.{name}"))
+    except Exception as error:  # noqa: BLE001 - whatever a half-written file raises
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        line = getattr(error, "lineno", None) or place.lineno
+        return f"cannot be imported: {type(error).__name__}: {error} (line {line})"
+
+
+# Trying the functions
+
+
+def trials(provider: Provider) -> Iterator[str]:
+    """Yield what the functions of a definition do wrong, as sentences; they are run, with made-up credentials and answers."""
+    oauth2 = provider.oauth2
+    if provider.identify is not None:
+        yield from _identify_trials(provider, provider.identify)
+    if oauth2 is not None and oauth2.revocation is not None:
+        yield from _revoke_trials(provider, oauth2.revocation.dialogue)
+    if oauth2 is not None and oauth2.parse_token is not None:
+        yield from _parse_trials(oauth2.parse_token)
+
+
+def _identify_trials(provider: Provider, identify: Callable[[Credential], Dialogue[Account]]) -> Iterator[str]:
+    credential = made_up_credential(provider)
+    for answer in ANSWERS:
+        asked, account, problem = _tried(identify(credential), answer)
+        yield from _named("identify", _request_problems(credential, asked), problem)
+        if not asked:
+            yield "identify asks nothing"
+        if account is not None and not (isinstance(account, Account) and isinstance(account.id, str) and account.id):
+            yield "identify returns something else than an Account with a text as its id"
+
+
+def _revoke_trials(provider: Provider, revoke: Callable[[Credential], Dialogue[bool]]) -> Iterator[str]:
+    for refresh, secret in ((True, True), (False, True), (True, False)):
+        credential = made_up_credential(provider, refresh=refresh, secret=secret)
+        for answer in ANSWERS:
+            asked, done, problem = _tried(revoke(credential), answer)
+            yield from _named("revoke", _request_problems(credential, asked), problem)
+            if problem is None and not isinstance(done, bool):
+                yield "revoke returns something else than True or False"
+            if done is True and (not asked or answer.status in UNCONFIRMED):
+                yield "revoke claims a success that the provider did not confirm"
+
+
+def _parse_trials(parse: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> Iterator[str]:
+    for answer in TOKEN_ANSWERS:
+        given = copy.deepcopy(dict(answer))
+        try:
+            parsed = parse(given)
+        except Exception as error:  # noqa: BLE001 - it must stand every object
+            yield f"parse_token raises {type(error).__name__}"
+            continue
+        if not isinstance(parsed, Mapping):
+            yield "parse_token returns something else than a map"
+        if given != answer:
+            yield "parse_token changes what it is given"
+
+
+def made_up_credential(provider: Provider, *, refresh: bool = True, secret: bool = True) -> Credential:
+    """Return a credential with the effective URLs; what only discovery knows lies on one made-up server."""
+    oauth2 = provider.oauth2 or OAuth2()
+    urls = {name: _filled(provider, getattr(oauth2, name)) for name in URL_FIELDS}
+    if oauth2.discovery:
+        urls = {name: url or f"https://idp.example.test/{name}" for name, url in urls.items()}
+    return Credential(
+        client_id="client/1",
+        client_secret=Secret(TOKENS["secret"]) if secret else None,
+        access_token=Secret(TOKENS["access token"]),
+        refresh_token=Secret(TOKENS["refresh token"]) if refresh else None,
+        urls=urls,
+        hosts={name: _filled(provider, url) for name, url in provider.hosts.items()},
+        client_auth=oauth2.client_auth,
+    )
+
+
+def _filled(provider: Provider, url: str) -> str:
+    for variable in provider.variables:
+        url = url.replace(f"{{{variable.name}}}", variable.example)
+    return url
+
+
+def _tried(dialogue: Dialogue[T], answer: Incoming) -> tuple[list[Outgoing], T | None, str | None]:
+    """Drive a function with one answer to all that it asks; return what it asked, its value, and what went wrong."""
+    asked: list[Outgoing] = []
+    try:
+        request = next(dialogue)
+        while len(asked) < MOST_REQUESTS:
+            asked.append(request)
+            request = dialogue.send(answer)
+    except StopIteration as done:
+        return asked, done.value, None
+    except ProviderAnswerError:
+        return asked, None, None
+    except Exception as error:  # noqa: BLE001 - it may refuse an answer by ProviderAnswerError only
+        return asked, None, f"raises {type(error).__name__} where only ProviderAnswerError is allowed"
+    return asked, None, f"wants more than {MOST_REQUESTS} requests"
+
+
+def _named(function: str, requests: Iterator[str], problem: str | None) -> Iterator[str]:
+    yield from (f"{function} {found}" for found in requests)
+    if problem:
+        yield f"{function} {problem}"
+
+
+def _request_problems(credential: Credential, asked: list[Outgoing]) -> Iterator[str]:
+    pinned = {_origin(url) for url in (*credential.urls.values(), *credential.hosts.values()) if url}
+    for request in asked:
+        if _origin(request.url) not in pinned:
+            yield "asks a server that is not among the definition's URLs and hosts"
+        if any(token in request.url for token in TOKENS.values()):
+            yield "puts a secret into a URL"
+
+
+def _origin(url: str) -> str:
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc}"
+
+
+# A new file
+
+
+def skeleton(name: str) -> str:
+    """Return a provider's file to begin with, which is valid as it stands; ``ValueError`` for what cannot be a name."""
+    if not NAME.fullmatch(name) or not name.isidentifier() or name in {"authoring", "spec"}:
+        raise ValueError("a provider's name is of a-z, 0-9 and _, and begins with a letter")
+    title = name.replace("_", " ").title()
+    text = (Path(__file__).parent / "skeleton.txt").read_text(encoding="utf-8")
+    return text.replace("@name@", name).replace("@title@", title).replace("@PREFIX@", name.upper())
+
+
+def write_skeleton(name: str) -> Path:
+    """Write the skeleton into the catalog's folder and return its path; ``FileExistsError`` rather than overwrite."""
+    path = Path(__file__).parent / f"{name}.py"
+    text = skeleton(name)
+    with path.open("x", encoding="utf-8") as file:
+        file.write(text)
+    return path

@@ -1,0 +1,175 @@
+"""A vault before a vault: what it keeps, for how long, and that nobody can change it or bring it back."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+import pytest
+
+from broker.database import opened
+from broker.errors import SecretStoreUnavailable
+from broker.vault import SecretNotFound, Vault, VaultConflict
+from broker.vault.cache import LARGEST, CachedVault
+from broker.vault.keyring import Keyring, open_sealer, parse_keys
+from broker.vault.sealed_rows import SealedRows
+from tests.broker.vault.vault_contract import CONTRACT
+
+
+class Store:
+    """A store in memory that counts reads and can be made to wait or to fail."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, list[dict[str, Any]]] = {}
+        self.reads = 0
+        self.gate: asyncio.Event | None = None
+        self.down = False
+
+    async def put(self, owner: str, value: Mapping[str, Any], *, expected_version: int) -> int:
+        versions = self.values.setdefault(owner, [])
+        if len(versions) != expected_version:
+            raise VaultConflict(len(versions))
+        versions.append(dict(value))
+        return len(versions)
+
+    async def get(self, owner: str, version: int | None = None) -> tuple[int, dict[str, Any]]:
+        self.reads += 1
+        versions = self.values.get(owner, [])
+        number = version or len(versions)
+        if not 0 < number <= len(versions):
+            raise SecretNotFound
+        found = dict(versions[number - 1])
+        if self.gate is not None:
+            await self.gate.wait()
+        return number, found
+
+    async def destroy(self, owner: str) -> None:
+        if self.down:
+            raise SecretStoreUnavailable
+        await asyncio.sleep(0)
+        self.values.pop(owner, None)
+
+    async def owners(self, prefix: str) -> list[tuple[str, float]]:
+        return [(owner, 0.0) for owner in self.values if owner.startswith(prefix)]
+
+
+class Clock:
+    """A monotonic clock that a test moves."""
+
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+async def cached(*, seconds: float = 30.0) -> tuple[Store, CachedVault, Clock]:
+    store, clock = Store(), Clock()
+    vault = CachedVault(store, seconds=seconds, timer=clock)
+    await vault.put("o", {"a": [1], "b": {"c": 2}}, expected_version=0)
+    return store, vault, clock
+
+
+@pytest.mark.parametrize("check_law", CONTRACT)
+async def test_a_cached_vault_keeps_the_contract(
+    sqlite_url: str, check_law: Callable[[Vault], Awaitable[None]]
+) -> None:
+    keyring = Keyring(parse_keys(f"k:{base64.b64encode(bytes(32)).decode()}", setting="BROKER_KEYRING"))
+    async with opened(sqlite_url, migrate=False) as database:
+        rows = SealedRows(database, await open_sealer(database, keyring))
+        await check_law(CachedVault(rows, seconds=30))
+
+
+async def test_an_exact_version_comes_from_memory_until_its_time_is_over() -> None:
+    store, vault, clock = await cached()
+    for _ in range(3):
+        assert await vault.get("o", 1) == (1, {"a": [1], "b": {"c": 2}})
+    assert store.reads == 1
+    clock.now += 31
+    await vault.get("o", 1)
+    assert store.reads == 2
+
+
+async def test_the_newest_version_is_always_asked_for() -> None:
+    store, vault, _ = await cached()
+    await vault.get("o", 1)
+    await vault.put("o", {"a": 2}, expected_version=1)
+    assert await vault.get("o") == (2, {"a": 2})
+    assert await vault.get("o", 2) == (2, {"a": 2})
+    assert await vault.get("o", 1) == (1, {"a": [1], "b": {"c": 2}})
+    assert store.reads == 3
+
+
+async def test_zero_seconds_keep_nothing() -> None:
+    store, vault, _ = await cached(seconds=0)
+    for _ in range(3):
+        await vault.get("o", 1)
+    assert store.reads == 3
+    assert not len(vault._opened)
+
+
+async def test_what_was_handed_out_can_be_changed_without_changing_what_is_kept() -> None:
+    _, vault, _ = await cached()
+    for _ in range(3):  # first the store's own answer, then copies of what is kept
+        _, value = await vault.get("o", 1)
+        assert value == {"a": [1], "b": {"c": 2}}
+        value["a"].append(9)
+        value["b"]["c"] = 9
+        value["d"] = 9
+
+
+async def test_a_destroyed_secret_is_gone_at_once() -> None:
+    _, vault, _ = await cached()
+    await vault.get("o", 1)
+    await vault.destroy("o")
+    with pytest.raises(SecretNotFound):
+        await vault.get("o", 1)
+
+
+async def test_a_read_under_way_does_not_bring_a_destroyed_secret_back() -> None:
+    store, vault, _ = await cached()
+    store.gate = asyncio.Event()
+    reading = asyncio.create_task(vault.get("o", 1))
+    await asyncio.sleep(0)
+    await vault.destroy("o")
+    store.gate.set()
+    await reading
+    with pytest.raises(SecretNotFound):
+        await vault.get("o", 1)
+
+
+async def test_a_destroy_that_fails_has_dropped_the_secret_from_memory_all_the_same() -> None:
+    store, vault, _ = await cached()
+    await vault.get("o", 1)
+    store.down = True
+    with contextlib.suppress(SecretStoreUnavailable):
+        await vault.destroy("o")
+    await vault.get("o", 1)
+    assert store.reads == 2
+
+
+async def test_one_entry_can_be_forgotten() -> None:
+    store, vault, _ = await cached()
+    await vault.get("o", 1)
+    vault.forget("o", 2)
+    await vault.get("o", 1)
+    assert store.reads == 1
+    vault.forget("o", 1)
+    vault.forget("nobody", 1)
+    await vault.get("o", 1)
+    assert store.reads == 2
+
+
+async def test_memory_is_bounded() -> None:
+    store, vault, _ = await cached()
+    for number in range(LARGEST + 10):
+        store.values[f"o{number}"] = [{"a": number}]
+        await vault.get(f"o{number}", 1)
+    assert len(vault._opened) == LARGEST
+
+
+async def test_owners_come_from_the_store() -> None:
+    _, vault, _ = await cached()
+    assert await vault.owners("") == [("o", 0.0)]
