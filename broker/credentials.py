@@ -747,9 +747,15 @@ class Credentials:
         )
 
     async def _shared(self, row: Connection, *, project: bool) -> bool:
-        """Whether another connection of the same account would die with this one's grant."""
+        """Whether another connection of the same account would die with this one's grant.
+
+        Where the account of either is unknown (an import), the same subject is taken for the same account.
+        """
+        unknown = col(Connection.subject) == row.subject
+        if row.account_id is not None:
+            unknown &= col(Connection.account_id).is_(None)
         same: list[Any] = [
-            Connection.account_id == row.account_id,
+            (col(Connection.account_id) == row.account_id) | unknown,
             Connection.id != row.id,
             col(Connection.deleted_at).is_(None),
             col(Connection.status) != "revoked",
@@ -759,9 +765,7 @@ class Credentials:
         else:
             same += [Connection.integration == row.integration, Connection.client_id == row.client_id]
         query = select(Connection.id).where(*same).limit(1)
-        return row.account_id is not None and await self._database.read(
-            lambda session: session.exec(query).first() is not None
-        )
+        return await self._database.read(lambda session: session.exec(query).first() is not None)
 
     async def dispose(self, connection_id: str) -> Revoked:
         """Finish the deletion of a row marked ``deleted_at``: revoke, destroy the secret, remove the row.

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+import structlog
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ("COVERAGE_",)
@@ -72,3 +76,23 @@ def running(*command: str, place: Path, variables: Mapping[str, str] | None = No
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
         process.communicate(timeout=PATIENCE_SECONDS)
+
+
+@contextmanager
+def logging_as_before() -> Iterator[None]:
+    """Give this process its logging back: commands that run inside it set up their own."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    try:
+        yield
+    finally:
+        structlog.reset_defaults()
+        structlog.contextvars.clear_contextvars()
+        root.handlers[:] = handlers
+        root.setLevel(level)
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on now, for a process that has to be told one."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])

@@ -84,19 +84,20 @@ def worker() -> None:
     settings = _started()
 
     async def run() -> None:
+        stop = _stop_event()
         async with open_parts(settings) as parts, running_worker(parts):
             log.info("worker.started")
-            await _stopped()
+            await stop.wait()
 
     guarded(lambda: asyncio.run(run()))
 
 
-async def _stopped() -> None:
-    """Wait for SIGTERM or SIGINT."""
+def _stop_event() -> asyncio.Event:
+    """Return an event that SIGTERM and SIGINT set from now on."""
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    await stop.wait()
+    return stop
 
 
 def migrate(as_json: Json = False) -> None:  # noqa: FBT002 - a flag

@@ -664,7 +664,8 @@ def _require_admin(
 ) -> None:
     if actor is None or "admin" in actor.roles:
         return
-    if after.get("confirm", "always") != before.get("confirm", "always"):
+    weaker_session = before.get("require_session", False) and not after.get("require_session", False)
+    if weaker_session or after.get("confirm", "always") != before.get("confirm", "always"):
         raise Forbidden("only an admin may change what protects the flows")
     if exists and any(before.get(name) != after.get(name) for name in ENDPOINT_FIELDS):
         raise Forbidden("only an admin may change where credentials go")

@@ -28,10 +28,10 @@ class RetryConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
-    max_attempts: int = Field(3, ge=1, le=10)
+    max_attempts: int = Field(default=3, ge=1, le=10)
     backoff: Literal["exponential", "linear"] = "exponential"
-    initial_delay_seconds: float = Field(0.2, gt=0, le=60)
-    max_delay_seconds: float = Field(30, gt=0, le=600)
+    initial_delay_seconds: float = Field(default=0.2, gt=0, le=60)
+    max_delay_seconds: float = Field(default=30, gt=0, le=600)
     retry_on: list[Status] = Field(default_factory=lambda: [429, 502, 503, 504], max_length=50)
 
 
@@ -50,9 +50,9 @@ class CircuitBreakerConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
-    failure_threshold: int = Field(5, ge=1)
-    recovery_seconds: float = Field(30, gt=0)
-    window_seconds: float = Field(60, gt=0)
+    failure_threshold: int = Field(default=5, ge=1)
+    recovery_seconds: float = Field(default=30, gt=0)
+    window_seconds: float = Field(default=60, gt=0)
 
 
 class CacheConfig(BaseModel):
@@ -80,9 +80,9 @@ class IntegrationConfig(BaseModel):
     client_auth: Literal["client_secret_basic", "client_secret_post", "private_key_jwt", "none"] | None = None
     authorize_params: dict[ParameterName, ParameterValue] = Field(default_factory=dict, max_length=50)
     confirm: Literal["always", "without_session"] = "always"
-    confirm_seconds: float = Field(600, ge=1, le=86_400)
+    confirm_seconds: float = Field(default=600, ge=1, le=86_400)
     require_session: bool = False
-    timeout_seconds: float = Field(10, gt=0, le=60)
+    timeout_seconds: float = Field(default=10, gt=0, le=60)
     retry: RetryConfig | None = None
     rate_limit: RateLimitConfig | None = None
     circuit_breaker: CircuitBreakerConfig | None = None

@@ -16,7 +16,7 @@ def unused(prefix: str) -> str:
     return f"{prefix}{next(_numbers)}"
 
 
-def is_problem(answer: Any, status: int, code: str, *pointers: str) -> dict[str, Any]:
+def check_problem(answer: Any, status: int, code: str, *pointers: str) -> dict[str, Any]:
     """Check that an answer is a whole problem document of this code at these fields; return it."""
     assert answer.status_code == status, answer.text
     assert answer.headers["content-type"] == "application/problem+json"

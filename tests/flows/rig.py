@@ -49,7 +49,7 @@ async def serving(app: Any, listener: socket.socket) -> AsyncIterator[None]:
     server = uvicorn.Server(
         uvicorn.Config(app, http="httptools", access_log=False, log_config=None, lifespan="off", server_header=False)
     )
-    server.install_signal_handlers = lambda: None  # type: ignore[attr-defined, method-assign] # the test owns them
+    server.install_signal_handlers = lambda: None  # type: ignore[attr-defined] # the test owns them
     task = asyncio.create_task(server.serve(sockets=[listener]))
     while not server.started:  # noqa: ASYNC110 - uvicorn has a flag, no event
         await asyncio.sleep(0.005)

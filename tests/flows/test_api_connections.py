@@ -1,4 +1,4 @@
-"""Connections: import, change, delete, and the hand-out's own routes. Through real HTTP."""
+"""Connections through real HTTP: import, change, delete, and the routes of the hand-out."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sqlmodel import col
 
 from broker.demo.sandbox import fault
 from broker.models import Connection, SealedSecret
-from tests.flows.api_calls import grant, import_body, imported, is_problem, unused
+from tests.flows.api_calls import check_problem, grant, import_body, imported, unused
 from tests.flows.rig import APP, Rig, open_rig
 from tests.flows.shared import person, rows
 
@@ -32,6 +32,10 @@ async def hub(rig: Rig) -> str:
 
 async def secrets_of(rig: Rig, connection_id: str) -> list[SealedSecret]:
     return [row for row in await rows(rig, SealedSecret) if row.owner == f"connections/{connection_id}"]
+
+
+async def run(rig: Rig, statement: sa.Executable) -> None:
+    await rig.parts.database.transaction(lambda session: session.execute(statement))
 
 
 # Import
@@ -68,6 +72,12 @@ async def test_what_is_imported_is_shown_and_the_secret_is_not(shared: Rig) -> N
 
 
 OAUTH = {"type": "oauth2", "access_token": "x"}
+BAD_TOKENS: list[Any] = ["", " x", "x y", "x\r\ny", "é", 5, ["x"], True, "x" * 16_385]
+BAD_SCOPES: list[Any] = ["a b", [""], [1], {}, 0, ['"']]
+BAD_TIMES: list[Any] = [
+    *("", "tomorrow", "20300101", "2030-01-01", "2030-01-01T00:00:00", "1969-01-01T00:00:00Z", 1.5),
+    "2030-13-01T00:00:00Z",
+]
 
 
 @pytest.mark.parametrize(
@@ -80,12 +90,16 @@ OAUTH = {"type": "oauth2", "access_token": "x"}
         ({"credentials": {"type": "oauth2"}}, ["/credentials/access_token"]),
         ({"credentials": {"type": "oauth2", "access_token": None}}, ["/credentials/access_token"]),
         ({"credentials": {**OAUTH, "colour": "red"}}, ["/credentials"]),
-        ({"credentials": {**OAUTH, "scopes": ["a b"], "expires_at": 5}}, ["/credentials/expires_at", "/credentials/scopes"]),
-        *(({"credentials": {"type": "oauth2", "access_token": bad}}, ["/credentials/access_token"]) for bad in (
-            "", " x", "x y", "x\r\ny", "é", 5, ["x"], True, "x" * 16_385)),
-        *(({"credentials": {**OAUTH, "scopes": bad}}, ["/credentials/scopes"]) for bad in ("a b", [""], [1], {}, 0, ['"'])),
-        *(({"credentials": {**OAUTH, "expires_at": bad}}, ["/credentials/expires_at"]) for bad in (
-            "", "tomorrow", "20300101", "2030-01-01", "2030-01-01T00:00:00", "1969-01-01T00:00:00Z", 1.5, "2030-13-01T00:00:00Z")),
+        (
+            {"credentials": {**OAUTH, "scopes": ["a b"], "expires_at": 5}},
+            ["/credentials/expires_at", "/credentials/scopes"],
+        ),
+        *(
+            ({"credentials": {"type": "oauth2", "access_token": bad}}, ["/credentials/access_token"])
+            for bad in BAD_TOKENS
+        ),
+        *(({"credentials": {**OAUTH, "scopes": bad}}, ["/credentials/scopes"]) for bad in BAD_SCOPES),
+        *(({"credentials": {**OAUTH, "expires_at": bad}}, ["/credentials/expires_at"]) for bad in BAD_TIMES),
         ({"subject": ""}, ["/subject"]),
         ({"integration": "a\u0000"}, ["/integration"]),
         ({"account": {}}, ["/account/id"]),
@@ -94,11 +108,11 @@ OAUTH = {"type": "oauth2", "access_token": "x"}
         ({"metadata": []}, ["/metadata"]),
         ({"metadata": {"a": "x" * 17_000}}, ["/metadata"]),
     ],
-)  # fmt: skip
+)
 async def test_a_bad_field_is_named(shared: Rig, fields: dict[str, Any], pointers: list[str]) -> None:
     before = len(await rows(shared, SealedSecret))
     answer = await shared.call("POST", "/v1/connections", {**import_body("acme:1"), **fields})
-    is_problem(answer, 400, "invalid_request", *pointers)
+    check_problem(answer, 400, "invalid_request", *pointers)
     assert len(await rows(shared, SealedSecret)) == before
 
 
@@ -138,8 +152,13 @@ async def test_an_import_revives_what_was_given_up_but_not_what_is_frozen(shared
         subject = unused("acme:")
         connection = await imported(shared, subject, account="1")
         change = sa.update(Connection).where(col(Connection.id) == connection["id"])
-        values = {"status": status, "status_reason": "why", "refresh_not_before_at": 9e9, "missing_scopes": ["x"]}
-        await shared.parts.database.transaction(lambda session, c=change, v=values: session.execute(c.values(**v)))
+        values: dict[str, Any] = {
+            "status": status,
+            "status_reason": "why",
+            "refresh_not_before_at": 9e9,
+            "missing_scopes": ["x"],
+        }
+        await run(shared, change.values(**values))
         again = await imported(shared, subject, account="1")
         assert (again["status"], again["missing_scopes"]) == (expected, [])
         assert again["status_reason"] == ("why" if status == "frozen" else None)
@@ -169,12 +188,21 @@ async def test_a_patch_merges(shared: Rig, patch: Any, tags: Any, metadata: Any)
 
 @pytest.mark.parametrize(
     "patch",
-    [{"subject": "x"}, {"status": "active"}, {"tags": {"a": 1}}, {"tags": []}, {"metadata": 5}, {"tags": {"a:b": "c"}}]
-    + [{"metadata": {"a": "x" * 17_000}}, {"tags": {f"n{n}": "" for n in range(65)}}],
+    [
+        *(
+            {"subject": "x"},
+            {"status": "active"},
+            {"tags": {"a": 1}},
+            {"tags": []},
+            {"metadata": 5},
+            {"tags": {"a:b": "c"}},
+        ),
+        *({"metadata": {"a": "x" * 17_000}}, {"tags": {f"n{n}": "" for n in range(65)}}),
+    ],
 )
 async def test_a_patch_of_anything_else_is_refused(shared: Rig, patch: Any) -> None:
     connection = await imported(shared, "acme:1")
-    is_problem(await shared.call("PATCH", f"/v1/connections/{connection['id']}", patch), 400, "invalid_request")
+    check_problem(await shared.call("PATCH", f"/v1/connections/{connection['id']}", patch), 400, "invalid_request")
     assert (await shared.call("GET", f"/v1/connections/{connection['id']}")).json() == connection
 
 
@@ -199,8 +227,8 @@ async def test_a_delete_revokes_at_the_provider_and_destroys_the_secret(shared: 
     assert (await shared.whoami(token)).status_code == 401
     assert await secrets_of(shared, connection["id"]) == []
     for method, suffix in (("GET", ""), ("DELETE", ""), ("PATCH", ""), ("POST", "/token"), ("POST", "/reconnect")):
-        body = {} if method == "PATCH" else None
-        is_problem(await shared.call(method, f"/v1/connections/{connection['id']}{suffix}", body), 404, "not_found")
+        body: Any = {} if method == "PATCH" else None
+        check_problem(await shared.call(method, f"/v1/connections/{connection['id']}{suffix}", body), 404, "not_found")
 
 
 async def test_a_delete_may_skip_the_provider(shared: Rig) -> None:
@@ -234,7 +262,7 @@ async def test_a_provider_that_is_down_does_not_keep_a_connection_alive(tmp_path
         rig.sandbox.state.faults.append(fault("fail", endpoint="revoke", times=None))
         answer = await rig.call("DELETE", f"/v1/connections/{connection['id']}")
         assert answer.json()["revocation"] == "failed"
-        is_problem(await rig.call("GET", f"/v1/connections/{connection['id']}"), 404, "not_found")
+        check_problem(await rig.call("GET", f"/v1/connections/{connection['id']}"), 404, "not_found")
         assert await secrets_of(rig, connection["id"]) == []
 
 
@@ -247,11 +275,11 @@ async def find(rig: Rig, subject: str, **fields: Any) -> Any:
 
 async def test_a_token_is_found_by_integration_and_subject(shared: Rig) -> None:
     subject = unused("acme:")
-    is_problem(await find(shared, subject), 404, "not_found")
+    check_problem(await find(shared, subject), 404, "not_found")
     first = await imported(shared, subject)
     assert (await find(shared, subject, min_ttl=5, reason="why")).json()["connection_id"] == first["id"]
     second = await imported(shared, subject)
-    is_problem(await find(shared, subject), 409, "ambiguous_connection")
+    check_problem(await find(shared, subject), 409, "ambiguous_connection")
     key = await shared.caller(grant("token", subjects=[subject], tags={"a": "b"}))
     await shared.call("PATCH", f"/v1/connections/{second['id']}", {"tags": {"a": "b"}})
     body = {"integration": "sandbox", "subject": subject}
@@ -265,7 +293,7 @@ async def test_the_one_that_is_active_wins_over_those_that_are_not(shared: Rig) 
     await shared.parts.database.transaction(lambda session: session.execute(change))
     assert (await find(shared, subject)).json()["connection_id"] == live["id"]
     await shared.call("DELETE", f"/v1/connections/{live['id']}?revoke=false")
-    is_problem(await find(shared, subject), 409, "reauthorization_required")
+    check_problem(await find(shared, subject), 409, "reauthorization_required")
 
 
 @pytest.mark.parametrize(
@@ -285,7 +313,7 @@ async def test_the_one_that_is_active_wins_over_those_that_are_not(shared: Rig) 
 )
 async def test_the_fields_of_a_hand_out_have_bounds(shared: Rig, body: Any, pointer: str) -> None:
     connection = await imported(shared, "acme:1")
-    is_problem(
+    check_problem(
         await shared.call("POST", f"/v1/connections/{connection['id']}/token", body), 400, "invalid_request", pointer
     )
 
@@ -314,8 +342,8 @@ async def test_a_provider_that_is_gone_from_the_catalog_is_said_plainly(tmp_path
     async with open_rig(tmp_path) as rig:
         connection = await imported(rig, "acme:1")
         rig.parts.integrations.catalog = {"github": rig.parts.integrations.catalog["github"]}
-        is_problem(await rig.token(connection["id"]), 409, "conflict")
-        is_problem(await rig.call("POST", "/v1/connections", import_body("acme:2")), 409, "conflict")
+        check_problem(await rig.token(connection["id"]), 409, "conflict")
+        check_problem(await rig.call("POST", "/v1/connections", import_body("acme:2")), 409, "conflict")
         assert (await rig.call("GET", f"/v1/connections/{connection['id']}")).status_code == 200
         shown = (await rig.call("GET", "/v1/integrations")).json()["data"]
         assert [(row["status"], row["status_reason"] is not None) for row in shown] == [("error", True)]
@@ -327,6 +355,6 @@ async def test_confirm_takes_no_other_field_and_an_active_connection_has_no_code
     connection = await imported(shared, "acme:1")
     path = f"/v1/connections/{connection['id']}/confirm"
     body = {"code": "x", "subject": "acme:1", "return_to": APP}
-    is_problem(await shared.call("POST", path, body), 409, "confirm_invalid")
-    is_problem(await shared.call("POST", path, {**body, "colour": 1}), 400, "invalid_request", "/colour")
-    is_problem(await shared.call("POST", path, {"code": "x"}), 400, "invalid_request", "/subject")
+    check_problem(await shared.call("POST", path, body), 409, "confirm_invalid")
+    check_problem(await shared.call("POST", path, {**body, "colour": 1}), 400, "invalid_request", "/colour")
+    check_problem(await shared.call("POST", path, {"code": "x"}), 400, "invalid_request", "/subject")

@@ -1,4 +1,4 @@
-"""The conventions of `/v1`: problems, request ids, keys, strict bodies and queries. Through real HTTP."""
+"""The conventions of `/v1` through real HTTP: problems, request ids, keys, strict bodies and queries."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import httpx2
 import pytest
 
 from broker.app import create_app
-from tests.flows.api_calls import import_body, imported, is_problem, unused
+from tests.flows.api_calls import check_problem, import_body, imported, unused
 from tests.flows.rig import Rig, open_rig
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -30,23 +30,25 @@ async def sent(rig: Rig, method: str, path: str, content: bytes, **headers: str)
 
 
 async def test_a_route_that_does_not_exist_is_404_for_anybody(shared: Rig) -> None:
-    is_problem(await shared.backend.get("/v1/nothing"), 404, "not_found")
-    is_problem(await shared.call("GET", "/v1/nothing"), 404, "not_found")
+    check_problem(await shared.backend.get("/v1/nothing"), 404, "not_found")
+    check_problem(await shared.call("GET", "/v1/nothing"), 404, "not_found")
 
 
 async def test_a_wrong_method_is_405_and_names_the_right_ones(shared: Rig) -> None:
     answer = await shared.call("PUT", "/v1/connections", {})
-    is_problem(answer, 405, "method_not_allowed")
+    check_problem(answer, 405, "method_not_allowed")
     assert {"GET", "POST"} <= {name.strip() for name in answer.headers["allow"].split(",")}
 
 
 @pytest.mark.parametrize(
     "path",
-    ["/v1/connections/%00", "/v1/connections/con_%0a", "/v1/integrations/%ED%A0%80", "/v1/callers/a'b"]
-    + ["/v1/providers/%7f", "/v1/connections/" + "a" * 200],
+    [
+        *("/v1/connections/%00", "/v1/connections/con_%0a", "/v1/integrations/%ED%A0%80", "/v1/callers/a'b"),
+        *("/v1/providers/%7f", "/v1/connections/" + "a" * 200),
+    ],
 )
 async def test_a_path_part_that_can_be_no_id_is_simply_absent(shared: Rig, path: str) -> None:
-    is_problem(await shared.call("GET", path), 404, "not_found")
+    check_problem(await shared.call("GET", path), 404, "not_found")
 
 
 # Request ids
@@ -90,7 +92,7 @@ async def test_the_same_key_twice_is_one_key_and_two_different_ones_are_refused(
     same = {"Authorization": f"Bearer {shared.admin_key}", "X-API-Key": shared.admin_key}
     assert (await shared.backend.get("/v1/providers", headers=same)).status_code == 200
     answer = await shared.backend.get("/v1/providers", headers={**same, "X-API-Key": other})
-    is_problem(answer, 400, "invalid_request")
+    check_problem(answer, 400, "invalid_request")
     assert other not in answer.text
 
 
@@ -99,19 +101,19 @@ async def test_the_same_key_twice_is_one_key_and_two_different_ones_are_refused(
 )
 async def test_no_key_or_a_wrong_one_is_401_with_a_challenge(shared: Rig, headers: dict[str, str]) -> None:
     answer = await shared.backend.get("/v1/connections", headers=headers)
-    is_problem(answer, 401, "unauthenticated")
+    check_problem(answer, 401, "unauthenticated")
     assert answer.headers["www-authenticate"].startswith("Bearer")
 
 
 async def test_who_calls_is_asked_before_the_body_is_looked_at(shared: Rig) -> None:
     for content in (b"{bad", b"{}", b"x" * 2_000_000):
         answer = await shared.backend.post("/v1/sessions", content=content, headers={"Content-Type": "text/plain"})
-        is_problem(answer, 401, "unauthenticated")
+        check_problem(answer, 401, "unauthenticated")
 
 
 async def test_v1_reads_no_cookie_and_sets_none(shared: Rig) -> None:
     cookie = {"Cookie": f"key={shared.admin_key}; brk_console={shared.admin_key}"}
-    is_problem(await shared.backend.get("/v1/connections", headers=cookie), 401, "unauthenticated")
+    check_problem(await shared.backend.get("/v1/connections", headers=cookie), 401, "unauthenticated")
     assert "set-cookie" not in (await shared.call("GET", "/v1/connections")).headers
 
 
@@ -139,13 +141,13 @@ async def test_no_answer_of_v1_is_stored_anywhere(shared: Rig) -> None:
 )
 async def test_what_is_no_json_is_400(shared: Rig, content: bytes, detail: str) -> None:
     answer = await sent(shared, "POST", "/v1/sessions", content, Content_Type="application/json")
-    assert detail in is_problem(answer, 400, "invalid_request")["detail"]
+    assert detail in check_problem(answer, 400, "invalid_request")["detail"]
 
 
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"])
 async def test_what_is_not_called_json_is_415(shared: Rig, kind: str) -> None:
     answer = await sent(shared, "POST", "/v1/sessions", b'{"subject": "a"}', Content_Type=kind)
-    is_problem(answer, 415, "unsupported_media_type")
+    check_problem(answer, 415, "unsupported_media_type")
 
 
 @pytest.mark.parametrize("kind", ["application/json; charset=utf-8", "Application/JSON"])
@@ -157,15 +159,15 @@ async def test_json_by_any_spelling_is_read(shared: Rig, kind: str) -> None:
 async def test_a_body_over_the_limit_is_413(shared: Rig, extra: dict[str, str]) -> None:
     body = b'{"subject": "' + b"a" * 1_100_000 + b'"}'
     headers = {"Authorization": f"Bearer {shared.admin_key}", "Content-Type": "application/json", **extra}
-    is_problem(await shared.backend.post("/v1/sessions", content=body, headers=headers), 413, "payload_too_large")
+    check_problem(await shared.backend.post("/v1/sessions", content=body, headers=headers), 413, "payload_too_large")
 
 
 @pytest.mark.parametrize("opening", [b"[", b'{"a":'])
 async def test_a_body_that_is_nested_without_end_is_400(shared: Rig, opening: bytes) -> None:
     deep = b'{"tags": ' + opening * 100_000
-    is_problem(await sent(shared, "PATCH", "/v1/connections/con_x", deep), 400, "invalid_request")
+    check_problem(await sent(shared, "PATCH", "/v1/connections/con_x", deep), 400, "invalid_request")
     closed = b'{"metadata": {"a": ' + b'{"a":' * 200 + b"1" + b"}" * 200 + b"}}"
-    is_problem(await sent(shared, "PATCH", "/v1/connections/con_x", closed), 400, "invalid_request", "")
+    check_problem(await sent(shared, "PATCH", "/v1/connections/con_x", closed), 400, "invalid_request", "")
 
 
 @pytest.mark.parametrize(
@@ -191,7 +193,7 @@ async def test_a_body_that_is_nested_without_end_is_400(shared: Rig, opening: by
 )
 async def test_a_body_of_another_shape_is_400_and_points_at_the_field(shared: Rig, body: Any, pointer: str) -> None:
     answer = await sent(shared, "POST", "/v1/sessions", json.dumps(body).encode())
-    problem = is_problem(answer, 400, "invalid_request", pointer)
+    problem = check_problem(answer, 400, "invalid_request", pointer)
     assert problem["errors"][0]["detail"]
 
 
@@ -205,7 +207,7 @@ async def test_nothing_of_the_input_is_echoed(shared: Rig) -> None:
         await shared.call("GET", f"/v1/connections?limit={CANARY}"),
         await shared.call("GET", f"/v1/connections?cursor={CANARY}"),
         await shared.call("GET", f"/v1/connections?status={CANARY}"),
-        await shared.call("POST", "/v1/connections", import_body("a", **{CANARY: 1})),
+        await shared.call("POST", "/v1/connections", {**import_body("a"), CANARY: 1}),
         await shared.call("POST", "/v1/connections", import_body("a", credentials={"type": CANARY})),
         await shared.call("POST", "/v1/connections", import_body("a", credentials={"type": "oauth2", CANARY: CANARY})),
         await shared.call("POST", "/v1/integrations", {"name": CANARY, "provider": CANARY, "config": {CANARY: CANARY}}),
@@ -218,18 +220,18 @@ async def test_nothing_of_the_input_is_echoed(shared: Rig) -> None:
         await shared.call("POST", "/v1/integrations/import", {"format": CANARY, "integrations": [CANARY]}),
     ]
     for number, answer in enumerate(answers):
-        is_problem(answer, 400, "invalid_request")
+        check_problem(answer, 400, "invalid_request")
         assert "CANARY" not in answer.text, number
         assert "CANARY" not in repr(answer.headers), number
 
 
 async def test_a_route_without_a_body_takes_none_but_an_empty_object(shared: Rig) -> None:
     path = "/v1/connections/con_absent/token"
-    is_problem(await sent(shared, "POST", path, b""), 404, "not_found")
-    is_problem(await sent(shared, "POST", path, b"null"), 404, "not_found")
-    is_problem(await sent(shared, "POST", "/v1/integrations/absent/test", b"{}"), 404, "not_found")
-    is_problem(await sent(shared, "POST", "/v1/integrations/absent/test", b'{"a": 1}'), 400, "invalid_request", "/a")
-    is_problem(await sent(shared, "DELETE", "/v1/connections/con_absent", b'{"a": 1}'), 400, "invalid_request", "/a")
+    check_problem(await sent(shared, "POST", path, b""), 404, "not_found")
+    check_problem(await sent(shared, "POST", path, b"null"), 404, "not_found")
+    check_problem(await sent(shared, "POST", "/v1/integrations/absent/test", b"{}"), 404, "not_found")
+    check_problem(await sent(shared, "POST", "/v1/integrations/absent/test", b'{"a": 1}'), 400, "invalid_request", "/a")
+    check_problem(await sent(shared, "DELETE", "/v1/connections/con_absent", b'{"a": 1}'), 400, "invalid_request", "/a")
 
 
 # Queries
@@ -258,7 +260,7 @@ async def test_a_route_without_a_body_takes_none_but_an_empty_object(shared: Rig
     ],
 )
 async def test_a_query_that_is_not_understood_is_400(shared: Rig, query: str, pointers: list[str]) -> None:
-    is_problem(await shared.call("GET", f"/v1/connections?{query}"), 400, "invalid_request", *pointers)
+    check_problem(await shared.call("GET", f"/v1/connections?{query}"), 400, "invalid_request", *pointers)
 
 
 # Defects and both databases
@@ -278,15 +280,15 @@ async def test_text_that_a_database_cannot_hold_is_never_a_500(tmp_path: Path, d
             "audit?actor=%00",
             "integrations/x/logs?text=%00",
         ):
-            is_problem(await rig.call("GET", f"/v1/{path}"), 400, "invalid_request")
+            check_problem(await rig.call("GET", f"/v1/{path}"), 400, "invalid_request")
         for path in ("connections/%00", "integrations/%00/metrics", "callers/%00"):
-            is_problem(await rig.call("GET", f"/v1/{path}"), 404, "not_found")
+            check_problem(await rig.call("GET", f"/v1/{path}"), 404, "not_found")
         for tag, found in (("a.b:c'd", 1), ("b[0]:ü:x", 1), ("$:x", 0), ("%:x", 0), ("a:", 0), ("0:x", 0)):
             answer = await tagged(rig, tag)
             assert answer.status_code == 200, (tag, answer.text)
             assert len(answer.json()["data"]) == found, tag
         for tag in ('"a:b', "a\\:b", ":", "é:x"):
-            is_problem(await tagged(rig, tag), 400, "invalid_request", "?tag")
+            check_problem(await tagged(rig, tag), 400, "invalid_request", "?tag")
         bad = {"subject": "a\u0000"}, {"metadata": {"a": "b\u0000"}}, {"tags": {"a": "\u0000"}}
         for fields in bad:
             answer = await rig.call("POST", "/v1/connections", {**import_body("acme:2"), **fields})
@@ -305,6 +307,6 @@ async def test_a_defect_of_ours_is_a_quiet_500(shared: Rig, capsys: pytest.Captu
         answer = await http.get(
             f"/v1/connections/{unused('con_')}", headers={"Authorization": f"Bearer {shared.admin_key}"}
         )
-    problem = is_problem(answer, 500, "internal_error")
+    problem = check_problem(answer, 500, "internal_error")
     assert problem["detail"] == "Internal error"
     assert "CANARY" not in answer.text

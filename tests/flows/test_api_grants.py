@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.flows.api_calls import grant, import_body, imported, is_problem, same_but_for_the_request_id, unused
+from tests.flows.api_calls import check_problem, grant, import_body, imported, same_but_for_the_request_id, unused
 from tests.flows.rig import APP, Rig
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -58,7 +58,7 @@ async def test_each_role_reaches_its_routes_and_no_other(shared: Rig) -> None:
             if role == "admin" or role in roles:
                 assert answer.status_code != 403, (role, method, path)
             else:
-                is_problem(answer, 403, "forbidden")
+                check_problem(answer, 403, "forbidden")
 
 
 async def test_only_service_and_admin_ever_get_a_token_whatever_grants_the_others_were_given(shared: Rig) -> None:
@@ -68,9 +68,9 @@ async def test_only_service_and_admin_ever_get_a_token_whatever_grants_the_other
         role: (await shared.call("POST", path, key=key)) for role, key in (await keys_of_all_roles(shared)).items()
     }
     assert {role for role, answer in found.items() if answer.status_code == 200} == {"admin", "service"}
-    is_problem(found["auditor"], 403, "forbidden")  # it may read what it may not use
-    is_problem(found["operator"], 404, "not_found")
-    is_problem(found["security"], 404, "not_found")
+    check_problem(found["auditor"], 403, "forbidden")  # it may read what it may not use
+    check_problem(found["operator"], 404, "not_found")
+    check_problem(found["security"], 404, "not_found")
 
 
 async def test_a_sealed_export_of_secrets_is_for_operators(shared: Rig) -> None:
@@ -98,13 +98,14 @@ async def test_outside_of_the_grants_is_the_same_answer_as_absent(
     outside = await imported(shared, theirs, tags={"team": "red"})
     absent = "con_" + "a" * 26
     everything = ("read", "token", "connect", "manage")
-    for rules in ({"subjects": [mine]}, {"tags": {"team": "blue"}}, {"subjects": []}):
+    restrictions: list[Any] = [{"subjects": [mine]}, {"tags": {"team": "blue"}}, {"subjects": []}]
+    for rules in restrictions:
         key = await shared.caller(grant(*everything, **rules))
         answers = [
             await shared.call(method, f"/v1/connections/{one}{suffix}", body, key=key)
             for one in (outside["id"], absent)
         ]
-        is_problem(answers[0], 404, "not_found")
+        check_problem(answers[0], 404, "not_found")
         assert same_but_for_the_request_id(*answers)
     assert (await shared.call("GET", f"/v1/connections/{outside['id']}")).json() == outside, "nothing was changed"
 
@@ -118,7 +119,7 @@ async def test_inside_the_grants_but_not_allowed_is_403(shared: Rig, method: str
     needed = "token" if suffix == "/token" else needed
     others = [may for may in ("read", "token", "connect", "manage", "events", "proxy") if may != needed]
     key = await shared.caller(grant(*others, subjects=[subject]))
-    is_problem(
+    check_problem(
         await shared.call(method, f"/v1/connections/{connection['id']}{suffix}", body, key=key), 403, "forbidden"
     )
     alone = await shared.caller(grant(needed, subjects=[subject]))
@@ -144,7 +145,7 @@ async def test_a_change_of_tags_must_stay_inside_the_grants(shared: Rig) -> None
     key = await shared.caller(grant("manage", "read", tags={"team": team}))
     path = f"/v1/connections/{connection['id']}"
     for tags in ({"team": "other"}, {"team": None}, None):
-        is_problem(await shared.call("PATCH", path, {"tags": tags}, key=key), 403, "forbidden")
+        check_problem(await shared.call("PATCH", path, {"tags": tags}, key=key), 403, "forbidden")
     assert (await shared.call("GET", path)).json()["tags"] == {"team": team, "x": "1"}
     changed = await shared.call("PATCH", path, {"tags": {"x": None, "y": "2"}}, key=key)
     assert changed.json()["tags"] == {"team": team, "y": "2"}
@@ -153,17 +154,18 @@ async def test_a_change_of_tags_must_stay_inside_the_grants(shared: Rig) -> None
 async def test_an_import_must_lie_inside_the_grants_also_what_it_would_update(shared: Rig) -> None:
     team, subject = unused("team"), unused("acme:")
     key = await shared.caller(grant("connect", "read", subjects=["acme:*"], tags={"team": team}))
-    for fields in ({"tags": {}}, {"tags": {"team": "other"}}):
-        is_problem(
+    wrong: list[Any] = [{"tags": {}}, {"tags": {"team": "other"}}]
+    for fields in wrong:
+        check_problem(
             await shared.call("POST", "/v1/connections", import_body(subject, **fields), key=key), 404, "not_found"
         )
     other = import_body("other:1", tags={"team": team})
-    is_problem(await shared.call("POST", "/v1/connections", other, key=key), 404, "not_found")
+    check_problem(await shared.call("POST", "/v1/connections", other, key=key), 404, "not_found")
     absent = {**import_body(subject, tags={"team": team}), "integration": "absent"}
-    is_problem(await shared.call("POST", "/v1/connections", absent, key=key), 404, "not_found")
+    check_problem(await shared.call("POST", "/v1/connections", absent, key=key), 404, "not_found")
     theirs = await imported(shared, subject, account="1", tags={"team": "red"})
     mine = import_body(subject, account="1", tags={"team": team})
-    is_problem(await shared.call("POST", "/v1/connections", mine, key=key), 404, "not_found")
+    check_problem(await shared.call("POST", "/v1/connections", mine, key=key), 404, "not_found")
     assert (await shared.call("GET", f"/v1/connections/{theirs['id']}")).json() == theirs
     ok = await shared.call("POST", "/v1/connections", import_body(subject, account="2", tags={"team": team}), key=key)
     assert ok.status_code == 201, ok.text
@@ -195,10 +197,10 @@ async def test_a_token_by_integration_and_subject_stays_inside_the_grants(shared
     answers = [
         await shared.call("POST", "/v1/token", {**body, "subject": one}, key=blue) for one in (subject, "absent:1")
     ]
-    is_problem(answers[0], 404, "not_found")
+    check_problem(answers[0], 404, "not_found")
     assert same_but_for_the_request_id(*answers)
     reads = await shared.caller(grant("read", tags={"team": "red"}))
-    is_problem(await shared.call("POST", "/v1/token", body, key=reads), 403, "forbidden")
+    check_problem(await shared.call("POST", "/v1/token", body, key=reads), 403, "forbidden")
     red = await shared.caller(grant("token", tags={"team": "red"}))
     assert (await shared.call("POST", "/v1/token", body, key=red)).status_code == 200
 

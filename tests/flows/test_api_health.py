@@ -40,7 +40,11 @@ async def ready(rig: Rig) -> Any:
 
 async def execute(rig: Rig, *statements: str) -> None:
     for statement in statements:
-        await rig.parts.database.transaction(lambda session, text=statement: session.execute(sa.text(text)))
+        await run(rig, sa.text(statement))
+
+
+async def run(rig: Rig, statement: sa.Executable) -> None:
+    await rig.parts.database.transaction(lambda session: session.execute(statement))
 
 
 async def test_a_process_is_live_and_ready_when_all_parts_are(shared: Rig) -> None:

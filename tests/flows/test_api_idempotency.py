@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from sqlmodel import col, select
 
 from broker.models import IdempotentAnswer
-from tests.flows.api_calls import import_body, imported, is_problem, unused
+from tests.flows.api_calls import check_problem, import_body, imported, unused
 from tests.flows.rig import Rig
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -47,8 +47,8 @@ async def test_the_same_request_again_gets_the_same_answer_and_acts_once(shared:
 async def test_another_body_path_or_query_under_the_same_key_is_a_conflict(shared: Rig) -> None:
     subject, key = unused("acme:"), unused("key")
     assert (await posted(shared, "/v1/connections", import_body(subject), key)).status_code == 201
-    is_problem(await posted(shared, "/v1/connections", import_body(subject), key), 409, "idempotency_conflict")
-    is_problem(await posted(shared, "/v1/sessions", {"subject": "a"}, key), 409, "idempotency_conflict")
+    check_problem(await posted(shared, "/v1/connections", import_body(subject), key), 409, "idempotency_conflict")
+    check_problem(await posted(shared, "/v1/sessions", {"subject": "a"}, key), 409, "idempotency_conflict")
     assert len(await listed(shared, subject)) == 1
 
 
@@ -75,7 +75,7 @@ async def test_an_answer_that_shows_a_secret_once_is_not_kept(shared: Rig) -> No
         key = unused("key")
         first = await posted(shared, path, body, key)
         assert first.status_code == 201, first.text
-        problem = is_problem(await posted(shared, path, body, key), 409, "idempotency_conflict")
+        problem = check_problem(await posted(shared, path, body, key), 409, "idempotency_conflict")
         assert problem["made_id"] == first.json()["id"]
         kept = await shared.parts.database.read(lambda session: list(session.exec(select(IdempotentAnswer))))
         assert first.json()[secret] not in repr(kept), path
@@ -93,8 +93,8 @@ async def test_a_hand_out_is_not_kept_and_may_be_repeated(shared: Rig) -> None:
 
 async def test_an_error_is_not_kept(shared: Rig) -> None:
     subject, key = unused("acme:"), unused("key")
-    is_problem(await posted(shared, "/v1/connections", {"subject": 1}, key), 400, "invalid_request")
-    is_problem(
+    check_problem(await posted(shared, "/v1/connections", {"subject": 1}, key), 400, "invalid_request")
+    check_problem(
         await posted(shared, "/v1/connections", {**import_body(subject), "integration": "absent"}, key),
         404,
         "not_found",
@@ -111,7 +111,7 @@ async def test_of_many_at_once_one_acts_and_the_others_wait_their_turn(shared: R
     assert len({answer.json()["id"] for answer in good}) == 1
     for answer in answers:
         if answer.status_code != 201:
-            is_problem(answer, 409, "conflict")
+            check_problem(answer, 409, "conflict")
     assert len(await listed(shared, subject)) == 1
 
 
@@ -133,21 +133,21 @@ async def test_a_claim_that_a_crash_left_behind_holds_for_three_minutes(shared: 
         sa.update(IdempotentAnswer).where(col(IdempotentAnswer.answer) == first.text).values(status=None, answer=None)
     )
     await shared.parts.database.transaction(lambda session: session.execute(cut_off))
-    is_problem(await posted(shared, "/v1/connections", body, key), 409, "conflict")
-    is_problem(await posted(shared, "/v1/connections", {**body, "subject": "x"}, key), 409, "idempotency_conflict")
+    check_problem(await posted(shared, "/v1/connections", body, key), 409, "conflict")
+    check_problem(await posted(shared, "/v1/connections", {**body, "subject": "x"}, key), 409, "idempotency_conflict")
     await aged(shared, 200)
     assert (await posted(shared, "/v1/connections", body, key)).status_code == 201
 
 
 @pytest.mark.parametrize("key", ["", "a" * 256, "two words", "tab\tbed"])
 async def test_a_key_that_is_none_is_400(shared: Rig, key: str) -> None:
-    is_problem(await posted(shared, "/v1/sessions", {"subject": "a"}, key), 400, "invalid_request")
+    check_problem(await posted(shared, "/v1/sessions", {"subject": "a"}, key), 400, "invalid_request")
 
 
 async def test_two_keys_are_400_and_other_methods_have_none(shared: Rig) -> None:
     auth = ("Authorization", f"Bearer {shared.admin_key}")
     headers = [auth, ("Idempotency-Key", "one-key"), ("Idempotency-Key", "two-key")]
-    is_problem(
+    check_problem(
         await shared.backend.post("/v1/sessions", json={"subject": "a"}, headers=headers), 400, "invalid_request"
     )
     assert (await shared.backend.get("/v1/providers", headers=headers)).status_code == 200
@@ -169,7 +169,7 @@ async def test_a_data_key_that_is_gone_is_a_conflict_and_no_second_action(shared
     await posted(shared, "/v1/connections", body, key)
     gone = sa.update(IdempotentAnswer).values(request_digest="dk_gone:00")
     await shared.parts.database.transaction(lambda session: session.execute(gone))
-    is_problem(await posted(shared, "/v1/connections", body, key), 409, "idempotency_conflict")
+    check_problem(await posted(shared, "/v1/connections", body, key), 409, "idempotency_conflict")
     assert len(await listed(shared, subject)) == 1
 
 
@@ -202,7 +202,7 @@ async def test_a_client_that_leaves_before_its_answer_finds_it_kept(shared: Rig)
         "Content-Type": "application/json",
     }
     async with asyncio.timeout(5):
-        while (again := await shared.backend.post("/v1/connections", content=body, headers=headers)).status_code == 409:
+        while (again := await shared.backend.post("/v1/connections", content=body, headers=headers)).status_code == 409:  # noqa: ASYNC110 - far away
             await asyncio.sleep(0.02)
     assert again.headers["idempotent-replayed"] == "true"
     assert len(await listed(shared, subject)) == 1

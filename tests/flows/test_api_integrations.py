@@ -1,4 +1,4 @@
-"""Integrations: made, changed, tested, exported; several client secrets; from the environment and a file. Through HTTP."""
+"""Integrations through HTTP: made, changed, tested, exported, with several client secrets, from environment and file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from broker.callers import mint_key
 from broker.demo.sandbox import DEMO_CLIENT_ID, DEMO_CLIENT_SECRET, fault
 from broker.models import ClientSecret, Integration, SealedSecret
 from broker.settings import SettingsError, load_settings
-from tests.flows.api_calls import imported, is_problem, unused
+from tests.flows.api_calls import check_problem, imported, unused
 from tests.flows.rig import Rig, open_rig
 from tests.flows.shared import audited, person, rows
 
@@ -72,7 +72,7 @@ async def test_scopes_left_out_are_the_providers(shared: Rig) -> None:
 )
 async def test_a_name_that_no_url_could_carry_is_refused(shared: Rig, name: str) -> None:
     answer = await shared.call("POST", "/v1/integrations", {"name": name, "provider": "github"})
-    is_problem(answer, 400, "invalid_request", "/name")
+    check_problem(answer, 400, "invalid_request", "/name")
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ async def test_a_name_that_no_url_could_carry_is_refused(shared: Rig, name: str)
 )
 async def test_a_bad_field_is_named(shared: Rig, fields: dict[str, Any], pointer: str) -> None:
     body = {"name": unused("bad-"), "provider": "github", **fields}
-    is_problem(await shared.call("POST", "/v1/integrations", body), 400, "invalid_request", pointer)
+    check_problem(await shared.call("POST", "/v1/integrations", body), 400, "invalid_request", pointer)
     assert await vault_owners(shared, body["name"]) == set()
 
 
@@ -103,7 +103,7 @@ async def test_a_taken_name_is_a_conflict_and_leaves_no_secret_behind(shared: Ri
     name = (await made(shared))["name"]
     before = await vault_owners(shared, name)
     body = {"name": name, "provider": "github", "client_secret": "other"}
-    is_problem(await shared.call("POST", "/v1/integrations", body), 409, "conflict")
+    check_problem(await shared.call("POST", "/v1/integrations", body), 409, "conflict")
     assert await vault_owners(shared, name) == before
 
 
@@ -121,7 +121,7 @@ async def test_http_endpoints_are_for_development(tmp_path: Path) -> None:
         async with httpx2.AsyncClient(transport=transport, base_url="https://broker.test") as http:
             body = {"name": "x", "provider": "oidc", "config": {"issuer": "http://id.test"}}
             headers = {"Authorization": f"Bearer {key}"}
-            is_problem(
+            check_problem(
                 await http.post("/v1/integrations", json=body, headers=headers),
                 400,
                 "invalid_request",
@@ -184,14 +184,14 @@ async def test_a_patch_changes_what_it_names_and_null_puts_back_what_was(shared:
 )
 async def test_what_has_no_state_to_go_back_to_takes_no_null(shared: Rig, body: Any) -> None:
     (field,) = body
-    is_problem(await patched(shared, (await made(shared))["name"], body), 400, "invalid_request", f"/{field}")
+    check_problem(await patched(shared, (await made(shared))["name"], body), 400, "invalid_request", f"/{field}")
 
 
 async def test_a_provider_cannot_be_changed(shared: Rig) -> None:
     name = (await made(shared))["name"]
     assert (await patched(shared, name, {"provider": "github"})).status_code == 200
-    is_problem(await patched(shared, name, {"provider": "google"}), 400, "invalid_request", "/provider")
-    is_problem(await patched(shared, "absent", {}), 404, "not_found")
+    check_problem(await patched(shared, name, {"provider": "google"}), 400, "invalid_request", "/provider")
+    check_problem(await patched(shared, "absent", {}), 404, "not_found")
 
 
 async def test_patches_at_once_lose_nothing(tmp_path: Path, database_url: str) -> None:
@@ -223,9 +223,9 @@ MOVES = [
 async def test_where_credentials_go_and_what_protects_the_flows_is_for_admins(shared: Rig, config: Any) -> None:
     name = (await made(shared))["name"]
     key = await operator(shared)
-    is_problem(await patched(shared, name, {"config": config}, key=key), 403, "forbidden")
+    check_problem(await patched(shared, name, {"config": config}, key=key), 403, "forbidden")
     assert (await patched(shared, name, {"config": config})).status_code == 200
-    is_problem(await patched(shared, name, {"config": None}, key=key), 403, "forbidden")
+    check_problem(await patched(shared, name, {"config": None}, key=key), 403, "forbidden")
     assert (await patched(shared, name, {"config": {"timeout_seconds": 5}}, key=key)).status_code == 200
     records = await audited(shared, "integration.updated")
     changed = [record for record in records if record.integration == name]
@@ -237,8 +237,8 @@ async def test_a_moved_endpoint_stops_existing_connections_until_a_rebind(shared
     credentials = {"type": "api_key", "api_key": "x"}
     connection = await imported(shared, "acme:1", integration=name, credentials=credentials)
     await patched(shared, name, {"config": {"api_base_url": "https://ghe.test/api"}})
-    is_problem(await shared.token(connection["id"]), 409, "origin_changed")
-    is_problem(
+    check_problem(await shared.token(connection["id"]), 409, "origin_changed")
+    check_problem(
         await shared.call("POST", f"/v1/integrations/{name}/rebind", key=await operator(shared)), 403, "forbidden"
     )
     assert (await shared.call("POST", f"/v1/integrations/{name}/rebind")).json() == {"connections": 1}
@@ -250,12 +250,12 @@ async def test_an_integration_with_connections_stays_and_one_without_is_gone_who
     credentials = {"type": "api_key", "api_key": "x"}
     connection = await imported(shared, "acme:1", integration=name, credentials=credentials)
     path = f"/v1/integrations/{name}"
-    is_problem(await shared.call("DELETE", path), 409, "conflict")
+    check_problem(await shared.call("DELETE", path), 409, "conflict")
     await shared.call("DELETE", f"/v1/connections/{connection['id']}")
     await shared.parts.integrations.note(name, action="test", text="a line")
     assert (await shared.call("DELETE", path)).status_code == 204
-    is_problem(await shared.call("GET", path), 404, "not_found")
-    is_problem(await shared.call("DELETE", path), 404, "not_found")
+    check_problem(await shared.call("GET", path), 404, "not_found")
+    check_problem(await shared.call("DELETE", path), 404, "not_found")
     assert await vault_owners(shared, name) == set()
     again = await made(shared, name=name)
     assert again["client_secrets"] == 1
@@ -272,20 +272,22 @@ async def test_several_client_secrets_live_side_by_side_newest_first(shared: Rig
     assert second.status_code == 201
     assert second.json().keys() == {"id", "source", "created_at"}
     listed = await shared.call("GET", path)
-    assert [row["id"] for row in listed.json()["data"]][0] == second.json()["id"]
+    assert listed.json()["data"][0]["id"] == second.json()["id"]
     again = await shared.call("POST", path, {"client_secret": "CANARY-2"})
     assert again.json()["id"] == second.json()["id"], "the same value is one secret"
     assert len(await vault_owners(shared, name)) == 2
     assert "CANARY" not in listed.text + second.text
-    is_problem(await shared.call("POST", path, {"client_secret": ""}), 400, "invalid_request", "/client_secret")
-    is_problem(
+    check_problem(await shared.call("POST", path, {"client_secret": ""}), 400, "invalid_request", "/client_secret")
+    check_problem(
         await shared.call("POST", "/v1/integrations/absent/client-secrets", {"client_secret": "x"}), 404, "not_found"
     )
     assert (await shared.call("DELETE", f"{path}/{second.json()['id']}")).status_code == 204
-    is_problem(await shared.call("DELETE", f"{path}/{second.json()['id']}"), 404, "not_found")
+    check_problem(await shared.call("DELETE", f"{path}/{second.json()['id']}"), 404, "not_found")
     other = (await made(shared))["name"]
     (left,) = (await shared.call("GET", path)).json()["data"]
-    is_problem(await shared.call("DELETE", f"/v1/integrations/{other}/client-secrets/{left['id']}"), 404, "not_found")
+    check_problem(
+        await shared.call("DELETE", f"/v1/integrations/{other}/client-secrets/{left['id']}"), 404, "not_found"
+    )
     assert len(await vault_owners(shared, name)) == 1
 
 
@@ -295,7 +297,7 @@ async def test_there_is_an_end_to_how_many_are_tried(shared: Rig) -> None:
     answers = [await shared.call("POST", path, {"client_secret": f"s{n}"}) for n in range(10)]
     assert [answer.status_code for answer in answers] == [201] * 9 + [409]
     assert len(await vault_owners(shared, name)) == 10
-    is_problem(await patched(shared, name, {"client_secret": "one more", "description": "changed"}), 409, "conflict")
+    check_problem(await patched(shared, name, {"client_secret": "one more", "description": "changed"}), 409, "conflict")
     assert (await shared.call("GET", f"/v1/integrations/{name}")).json()["description"] == ""
 
 
@@ -396,8 +398,8 @@ async def test_figures_and_lines_are_of_the_window_and_the_filter(shared: Rig) -
     ):
         lines = (await shared.call("GET", f"{path}/logs{query}")).json()["data"]
         assert [line["text"] for line in lines] == texts, query
-    is_problem(await shared.call("GET", f"{path}/metrics?window=2h"), 400, "invalid_request", "?window")
-    is_problem(await shared.call("GET", f"{path}/logs?level=loud"), 400, "invalid_request", "?level")
+    check_problem(await shared.call("GET", f"{path}/metrics?window=2h"), 400, "invalid_request", "?window")
+    check_problem(await shared.call("GET", f"{path}/logs?level=loud"), 400, "invalid_request", "?level")
 
 
 # Export and import
@@ -476,23 +478,25 @@ async def test_an_import_writes_nothing_when_any_part_of_it_is_wrong(shared: Rig
         ({**base, "sealed_secrets": "text"}, PHRASE),
     ]
     for document, phrase in wrong:
-        is_problem(await put_back(shared, document, phrase), 400, "invalid_request")
+        check_problem(await put_back(shared, document, phrase), 400, "invalid_request")
     moving = {"name": existing, "provider": "github", "config": {"token_url": "https://evil.test/"}}
     document = {**base, "integrations": [good, moving]}
-    is_problem(await put_back(shared, document, key=await operator(shared)), 403, "forbidden")
-    is_problem(await shared.call("GET", f"/v1/integrations/{fine}"), 404, "not_found")
+    check_problem(await put_back(shared, document, key=await operator(shared)), 403, "forbidden")
+    check_problem(await shared.call("GET", f"/v1/integrations/{fine}"), 404, "not_found")
 
 
 async def test_a_passphrase_is_long_enough_and_sent_once(shared: Rig) -> None:
-    is_problem(await exported(shared, "too short"), 400, "invalid_request")
+    check_problem(await exported(shared, "too short"), 400, "invalid_request")
     auth = ("Authorization", f"Bearer {shared.admin_key}")
     for given in (
         [("X-Broker-Passphrase", "a" * 20), ("X-Broker-Passphrase", "b" * 20)],
         [("X-Broker-Passphrase", "")],
     ):
-        is_problem(await shared.backend.get("/v1/integrations/export", headers=[auth, *given]), 400, "invalid_request")
+        check_problem(
+            await shared.backend.get("/v1/integrations/export", headers=[auth, *given]), 400, "invalid_request"
+        )
     raw: Any = {"Authorization": auth[1].encode(), "X-Broker-Passphrase": b"\xff" * 20}
-    is_problem(await shared.backend.get("/v1/integrations/export", headers=raw), 400, "invalid_request")
+    check_problem(await shared.backend.get("/v1/integrations/export", headers=raw), 400, "invalid_request")
 
 
 # From the environment and a file
@@ -552,8 +556,7 @@ async def test_replicas_that_start_at_once_make_one_integration_with_one_secret(
             await first.integrations.delete(name, None)
         await asyncio.gather(*(parts.integrations.create_from_settings() for parts in replicas))
         for table, expected in ((Integration, 2), (ClientSecret, 2)):
-            found = await first.database.read(lambda session, t=table: list(session.exec(select(t))))
-            assert len(found) == expected, table
+            assert await first.database.read(lambda session, t=table: len(session.exec(select(t)).all())) == expected  # type: ignore[misc] # a default argument
         secrets = await first.database.read(lambda session: list(session.exec(select(SealedSecret))))
         assert len([row for row in secrets if row.owner.startswith("integrations/")]) == 2
 

@@ -1,4 +1,4 @@
-"""Lists: newest first, pages that neither repeat nor lose a row, cursors that only we can have made. On both databases."""
+"""Lists on both databases: newest first, pages that neither repeat nor lose a row, cursors that only we can have made."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from sqlmodel import col
 
 from broker.models import Caller, Connection
-from tests.flows.api_calls import grant, imported, is_problem, unused
+from tests.flows.api_calls import check_problem, grant, imported, unused
 from tests.flows.rig import Rig, open_rig
 
 
@@ -86,7 +86,7 @@ async def test_every_list_pages(tmp_path: Path, database_url: str) -> None:
             assert len(full) >= 3, path
             assert await walked(rig, f"/v1/{path}", limit=2) == full, path
             for query in ("limit=0", "limit=201", "cursor=x", "colour=red"):
-                is_problem(await rig.call("GET", f"/v1/{path}?{query}"), 400, "invalid_request")
+                check_problem(await rig.call("GET", f"/v1/{path}?{query}"), 400, "invalid_request")
 
 
 def encoded(value: object) -> str:
@@ -108,7 +108,7 @@ async def test_a_cursor_that_we_did_not_make_is_400(tmp_path: Path, database_url
         for path in ("connections", "callers", "integrations", "audit", "providers"):
             for cursor in CURSORS:
                 answer = await rig.backend.get(f"/v1/{path}", params={"cursor": cursor}, headers=headers)
-                is_problem(answer, 400, "invalid_request", "?cursor")
+                check_problem(answer, 400, "invalid_request", "?cursor")
         strange = [encoded([2**52, "zzz"]), encoded([0, "a"]), encoded([1.5, "con_x"])]
         answers = [
             await rig.call("GET", f"/v1/{path}?cursor={one}") for path in ("connections", "audit") for one in strange

@@ -1,4 +1,4 @@
-"""Providers, callers and their keys, and the audit: what operators and security teams use. Through HTTP."""
+"""Providers, callers and their keys, and the audit, through HTTP: what operators and security teams use."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import sqlalchemy as sa
 
 from broker.models import AuditRecord, CallerKey
-from tests.flows.api_calls import grant, imported, is_problem, unused
+from tests.flows.api_calls import check_problem, grant, imported, unused
 from tests.flows.rig import Rig, open_rig
 from tests.flows.shared import rows
 
@@ -36,7 +36,7 @@ async def test_the_catalog_lists_every_provider_and_shows_one_with_the_schema_of
     assert shown["hosts"] == {"": "https://api.github.com", "uploads": "https://uploads.github.com"}
     assert {"issuer", "token_url", "confirm", "retry"} <= shown["config_schema"]["properties"].keys()
     assert shown["config_schema"]["additionalProperties"] is False
-    is_problem(await shared.call("GET", "/v1/providers/absent"), 404, "not_found")
+    check_problem(await shared.call("GET", "/v1/providers/absent"), 404, "not_found")
 
 
 # Callers and keys
@@ -53,7 +53,7 @@ async def test_a_key_is_shown_once_and_its_use_is_noted(shared: Rig) -> None:
     assert made["keys"][0]["last_used_at"] is None
     assert (await shared.call("GET", path, key=key)).json()["id"] == made["id"], "everybody may see itself"
     async with asyncio.timeout(5):
-        while (await shared.call("GET", path)).json()["keys"][0]["last_used_at"] is None:
+        while (await shared.call("GET", path)).json()["keys"][0]["last_used_at"] is None:  # noqa: ASYNC110 - far away
             await asyncio.sleep(0.02)
     answers = [await shared.call("GET", path), await shared.call("GET", "/v1/callers?limit=200")]
     assert all(key not in answer.text for answer in answers)
@@ -68,11 +68,11 @@ async def test_two_keys_may_live_and_a_third_waits_for_one_to_go(shared: Rig) ->
     assert second.json().keys() == {"id", "created_at", "last_used_at", "expires_at", "revoked_at", "key"}
     for key in (made["key"], second.json()["key"]):
         assert (await shared.call("GET", "/v1/providers", key=key)).status_code == 200
-    is_problem(await shared.call("POST", path, {}), 409, "conflict")
+    check_problem(await shared.call("POST", path, {}), 409, "conflict")
     assert (await shared.call("DELETE", f"{path}/{made['keys'][0]['id']}")).status_code == 204
     assert (await shared.call("POST", path, {"expires_at": None})).status_code == 201
-    is_problem(await shared.call("DELETE", f"{path}/key_{'a' * 26}"), 404, "not_found")
-    is_problem(await shared.call("POST", path, {"expires_at": "soon"}), 400, "invalid_request", "/expires_at")
+    check_problem(await shared.call("DELETE", f"{path}/key_{'a' * 26}"), 404, "not_found")
+    check_problem(await shared.call("POST", path, {"expires_at": "soon"}), 400, "invalid_request", "/expires_at")
 
 
 async def test_a_revoked_key_is_dead_within_a_second_and_a_caller_may_revoke_its_own(shared: Rig) -> None:
@@ -83,9 +83,9 @@ async def test_a_revoked_key_is_dead_within_a_second_and_a_caller_may_revoke_its
     began = time.monotonic()
     while (answer := await shared.call("GET", "/v1/providers", key=made["key"])).status_code == 200:
         assert time.monotonic() - began < 1
-    is_problem(answer, 401, "unauthenticated")
+    check_problem(answer, 401, "unauthenticated")
     other = await new_caller(shared)
-    is_problem(await shared.call("DELETE", path, key=other["key"]), 403, "forbidden")
+    check_problem(await shared.call("DELETE", path, key=other["key"]), 403, "forbidden")
 
 
 async def test_roles_and_grants_that_are_taken_away_are_gone_within_a_second(shared: Rig) -> None:
@@ -96,10 +96,10 @@ async def test_roles_and_grants_that_are_taken_away_are_gone_within_a_second(sha
     )
     assert (answer.json()["roles"], answer.json()["name"]) == (["service"], "renamed")
     await asyncio.sleep(0.6)
-    is_problem(await shared.call("GET", "/v1/audit", key=made["key"]), 403, "forbidden")
+    check_problem(await shared.call("GET", "/v1/audit", key=made["key"]), 403, "forbidden")
     assert (await shared.call("DELETE", f"/v1/callers/{made['id']}")).status_code == 204
     await asyncio.sleep(0.6)
-    is_problem(await shared.call("GET", "/v1/providers", key=made["key"]), 401, "unauthenticated")
+    check_problem(await shared.call("GET", "/v1/providers", key=made["key"]), 401, "unauthenticated")
 
 
 @pytest.mark.parametrize(
@@ -123,9 +123,9 @@ async def test_a_bad_field_of_a_caller_is_named_when_it_is_made_and_when_it_is_c
     shared: Rig, fields: dict[str, Any], pointer: str
 ) -> None:
     body = {"name": "x", "roles": ["service"], **fields}
-    is_problem(await shared.call("POST", "/v1/callers", body), 400, "invalid_request", pointer)
+    check_problem(await shared.call("POST", "/v1/callers", body), 400, "invalid_request", pointer)
     made = await new_caller(shared)
-    is_problem(await shared.call("PATCH", f"/v1/callers/{made['id']}", fields), 400, "invalid_request", pointer)
+    check_problem(await shared.call("PATCH", f"/v1/callers/{made['id']}", fields), 400, "invalid_request", pointer)
 
 
 async def test_the_last_admin_stays(shared: Rig) -> None:
@@ -133,10 +133,10 @@ async def test_the_last_admin_stays(shared: Rig) -> None:
         row for row in (await shared.call("GET", "/v1/callers?limit=200")).json()["data"] if row["roles"] == ["admin"]
     )
     path = f"/v1/callers/{admin['id']}"
-    is_problem(await shared.call("DELETE", path), 409, "conflict")
-    is_problem(await shared.call("PATCH", path, {"roles": ["auditor"]}), 409, "conflict")
-    is_problem(await shared.call("DELETE", f"{path}/keys/{admin['keys'][0]['id']}"), 409, "conflict")
-    is_problem(await shared.call("PATCH", path, {"expires_at": "2020-01-01T00:00:00Z"}), 409, "conflict")
+    check_problem(await shared.call("DELETE", path), 409, "conflict")
+    check_problem(await shared.call("PATCH", path, {"roles": ["auditor"]}), 409, "conflict")
+    check_problem(await shared.call("DELETE", f"{path}/keys/{admin['keys'][0]['id']}"), 409, "conflict")
+    check_problem(await shared.call("PATCH", path, {"expires_at": "2020-01-01T00:00:00Z"}), 409, "conflict")
 
 
 # Audit
@@ -181,7 +181,7 @@ async def test_records_are_found_by_time(shared: Rig) -> None:
 )
 async def test_a_time_is_rfc_3339(shared: Rig, given: str) -> None:
     for name in ("since", "until"):
-        is_problem(await shared.call("GET", f"/v1/audit?{name}={given}"), 400, "invalid_request", f"?{name}")
+        check_problem(await shared.call("GET", f"/v1/audit?{name}={given}"), 400, "invalid_request", f"?{name}")
 
 
 async def test_verify_says_that_the_chain_holds_and_names_the_first_record_that_does_not(

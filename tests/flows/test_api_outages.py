@@ -10,7 +10,7 @@ import pytest
 import sqlalchemy as sa
 
 from broker.models import BrowserSession, Connection, Flow
-from tests.flows.api_calls import import_body, imported, is_problem
+from tests.flows.api_calls import check_problem, import_body, imported
 from tests.flows.rig import APP, Rig, open_rig
 from tests.flows.shared import rows
 
@@ -111,7 +111,7 @@ async def test_a_full_disk_is_named_and_nothing_is_half_done(tmp_path: Path) -> 
             await calls.rig.call("PATCH", f"/v1/connections/{calls.connection_id}", {"metadata": {"a": "x" * 9000}})
             for _ in range(3)
         ]
-        is_problem(full[-1], 503, "database_unavailable")
+        check_problem(full[-1], 503, "database_unavailable")
         assert await left(rig) == before
         assert (await rig.call("GET", "/v1/connections")).status_code == 200, "reads go on"
         await execute(rig, "PRAGMA max_page_count = 1000000")
@@ -125,7 +125,7 @@ async def test_without_an_audit_nothing_leaves_and_nothing_changes(tmp_path: Pat
         await execute(rig, "ALTER TABLE audit_records RENAME TO gone")
         for name, call in zip(AUDITED, calls.named(*AUDITED), strict=True):
             answer = await call
-            is_problem(answer, 503, "audit_unavailable")
+            check_problem(answer, 503, "audit_unavailable")
             assert "access_token" not in answer.text, name
         assert await left(rig) == before
         outside = await rig.call("GET", f"/v1/connections/{calls.connection_id}")
@@ -140,14 +140,14 @@ async def test_an_audit_that_fails_does_not_tell_what_is_outside_from_what_is_ab
         key = await rig.caller({"integrations": ["*"], "may": ["token"], "subjects": ["acme:*"]})
         await execute(rig, "ALTER TABLE audit_records RENAME TO gone")
         for connection_id in (outside["id"], "con_" + "a" * 26):
-            is_problem(await rig.call("POST", f"/v1/connections/{connection_id}/token", key=key), 404, "not_found")
+            check_problem(await rig.call("POST", f"/v1/connections/{connection_id}/token", key=key), 404, "not_found")
 
 
 async def test_a_forged_head_of_the_audit_chain_stops_the_hand_out(tmp_path: Path) -> None:
     async with open_rig(tmp_path) as rig:
         calls = await prepared(rig)
         await execute(rig, "UPDATE audit_head SET count = count + 1")
-        is_problem(await calls.token(), 503, "audit_unavailable")
+        check_problem(await calls.token(), 503, "audit_unavailable")
         await execute(rig, "UPDATE audit_head SET count = count - 1")
         assert (await calls.token()).status_code == 200
 
@@ -158,11 +158,11 @@ async def test_a_vault_that_is_gone_is_named_and_heals(tmp_path: Path, database_
         before = await left(rig)
         await execute(rig, "ALTER TABLE sealed_secrets RENAME TO gone")
         for call in calls.named("token", *SEALED):
-            is_problem(await call, 503, "secret_store_unavailable")
+            check_problem(await call, 503, "secret_store_unavailable")
         assert await left(rig) == before
         deleted = await rig.call("DELETE", f"/v1/connections/{calls.connection_id}")
-        is_problem(deleted, 503, "secret_store_unavailable")
-        is_problem(await rig.call("GET", f"/v1/connections/{calls.connection_id}"), 404, "not_found")
+        check_problem(deleted, 503, "secret_store_unavailable")
+        check_problem(await rig.call("GET", f"/v1/connections/{calls.connection_id}"), 404, "not_found")
         await execute(rig, "ALTER TABLE gone RENAME TO sealed_secrets")
         await rig.parts.credentials.dispose(calls.connection_id)
         calls.connection_id = (await imported(rig, "acme:ready"))["id"]
@@ -174,14 +174,14 @@ async def test_a_secret_that_was_tampered_with_is_not_handed_out(tmp_path: Path)
         first, second = await imported(rig, "acme:1"), await imported(rig, "acme:2")
         moved = "UPDATE sealed_secrets SET sealed = (SELECT sealed FROM sealed_secrets WHERE owner = 'connections/{}')"
         await execute(rig, moved.format(second["id"]) + f" WHERE owner = 'connections/{first['id']}'")
-        is_problem(await rig.token(first["id"]), 503, "secret_store_unavailable")
+        check_problem(await rig.token(first["id"]), 503, "secret_store_unavailable")
         assert (await rig.token(second["id"])).status_code == 200
 
 
 async def test_a_database_that_is_not_migrated_any_more_is_named_and_heals(tmp_path: Path) -> None:
     async with open_rig(tmp_path) as rig:
         await execute(rig, "ALTER TABLE connections RENAME TO gone")
-        is_problem(await rig.call("GET", "/v1/connections"), 503, "database_unavailable")
+        check_problem(await rig.call("GET", "/v1/connections"), 503, "database_unavailable")
         await execute(rig, "ALTER TABLE gone RENAME TO connections")
         assert (await rig.call("GET", "/v1/connections")).status_code == 200
 
@@ -191,6 +191,6 @@ async def test_who_calls_cannot_be_known_without_a_database(tmp_path: Path, tabl
     async with open_rig(tmp_path) as rig:
         await execute(rig, f"ALTER TABLE {table} RENAME TO gone")
         await asyncio.sleep(0.6)  # what was looked up is believed for half a second
-        is_problem(await rig.call("GET", "/v1/connections"), 503, "database_unavailable")
+        check_problem(await rig.call("GET", "/v1/connections"), 503, "database_unavailable")
         await execute(rig, f"ALTER TABLE gone RENAME TO {table}")
         assert (await rig.call("GET", "/v1/connections")).status_code == 200

@@ -13,7 +13,7 @@ import pytest
 from broker.models import BrowserSession
 from providers.spec import Variable
 from tests.broker.test_return_to import THREATS
-from tests.flows.api_calls import imported, is_problem, unused
+from tests.flows.api_calls import check_problem, imported, unused
 from tests.flows.rig import APP, Rig, landed, open_rig
 from tests.flows.shared import browser_of, flow, person, rows
 
@@ -58,7 +58,7 @@ async def test_no_row_and_no_audit_record_holds_the_token(shared: Rig) -> None:
     ],
 )
 async def test_what_is_asked_for_is_checked_now(shared: Rig, fields: dict[str, Any], pointer: str) -> None:
-    is_problem(await minted(shared, **fields), 400, "invalid_request", pointer)
+    check_problem(await minted(shared, **fields), 400, "invalid_request", pointer)
 
 
 @pytest.mark.parametrize("expires_in", [60, 86_400])
@@ -70,23 +70,19 @@ async def test_the_bounds_of_a_sessions_life_are_allowed(shared: Rig, expires_in
 async def test_a_return_to_that_is_not_on_the_list_is_refused_here_and_at_a_reconnect(
     shared: Rig, return_to: str
 ) -> None:
-    is_problem(await minted(shared, return_to=return_to), 400, "invalid_request", "/return_to")
+    check_problem(await minted(shared, return_to=return_to), 400, "invalid_request", "/return_to")
     connection = await imported(shared, unused("acme:"))
     answer = await shared.call("POST", f"/v1/connections/{connection['id']}/reconnect", {"return_to": return_to})
-    is_problem(answer, 400, "invalid_request", "/return_to")
+    check_problem(answer, 400, "invalid_request", "/return_to")
     assert return_to not in answer.text
 
 
 async def test_an_integration_that_cannot_be_connected_is_refused_by_name_and_left_out_otherwise(shared: Rig) -> None:
     off = unused("off-")
     await shared.integration(off, enabled=False)
-    is_problem(await minted(shared, integrations=["sandbox", off]), 400, "invalid_request", "/integrations/1")
-    is_problem(await minted(shared, integrations=["absent"]), 404, "not_found")
+    check_problem(await minted(shared, integrations=["sandbox", off]), 400, "invalid_request", "/integrations/1")
+    check_problem(await minted(shared, integrations=["absent"]), 404, "not_found")
     assert off not in (await minted(shared)).json()["start_urls"]
-    (row,) = [one for one in await rows(shared, BrowserSession) if one.id == (await minted(shared)).json()["id"]] or [
-        None
-    ]
-    assert row is None or off not in (row.integrations or [])
 
 
 async def test_a_session_without_integrations_is_for_those_of_this_moment(shared: Rig) -> None:
@@ -109,12 +105,12 @@ async def test_variables_must_be_declared_given_and_fit_their_pattern(tmp_path: 
         shop = Variable("shop", r"[a-z0-9-]+\.shop\.test", "demo.shop.test")
         changed = dataclasses.replace(known, variables=(shop,), hosts={"": "https://{shop}"})
         rig.parts.integrations.catalog = {**rig.parts.integrations.catalog, "oidc": changed}
-        is_problem(await minted(rig), 400, "invalid_request", "/variables/shop")
+        check_problem(await minted(rig), 400, "invalid_request", "/variables/shop")
         for value in ("evil.test", "a.shop.test@evil.test", "a.shop.test\n", "x/a.shop.test", "evil.test#.shop.test"):
             answer = await minted(rig, variables={"shop": value})
-            is_problem(answer, 400, "invalid_request")
+            check_problem(answer, 400, "invalid_request")
             assert "evil" not in answer.text
-        is_problem(
+        check_problem(
             await minted(rig, variables={"shop": "a.shop.test", "x": "y"}), 400, "invalid_request", "/variables/x"
         )
         assert (await minted(rig, variables={"shop": "a.shop.test"})).status_code == 201
@@ -137,13 +133,16 @@ async def test_a_reconnect_brings_the_same_connection_back_to_life(shared: Rig) 
 
 
 async def test_a_reconnect_is_refused_where_there_is_nothing_to_reconnect(shared: Rig) -> None:
-    is_problem(await shared.call("POST", f"/v1/connections/con_{'a' * 26}/reconnect"), 404, "not_found")
+    check_problem(await shared.call("POST", f"/v1/connections/con_{'a' * 26}/reconnect"), 404, "not_found")
     pending = landed(await flow(shared, user=person()))
     answer = await shared.call("POST", f"/v1/connections/{pending['connection_id']}/reconnect")
-    is_problem(answer, 409, "confirmation_required")
+    check_problem(answer, 409, "confirmation_required")
     body = {"name": "hub", "provider": "github", "client_id": "x"}
     assert (await shared.call("POST", "/v1/integrations", body)).status_code == 201
     key = await imported(shared, "a", integration="hub", credentials={"type": "api_key", "api_key": "x"})
-    is_problem(await shared.call("POST", f"/v1/connections/{key['id']}/reconnect"), 409, "conflict")
-    for body in ({"expires_in": 1}, {"colour": "red"}, {"return_to": 5}):
-        is_problem(await shared.call("POST", f"/v1/connections/{key['id']}/reconnect", body), 400, "invalid_request")
+    check_problem(await shared.call("POST", f"/v1/connections/{key['id']}/reconnect"), 409, "conflict")
+    wrong: list[Any] = [{"expires_in": 1}, {"colour": "red"}, {"return_to": 5}]
+    for fields in wrong:
+        check_problem(
+            await shared.call("POST", f"/v1/connections/{key['id']}/reconnect", fields), 400, "invalid_request"
+        )

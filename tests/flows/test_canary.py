@@ -225,14 +225,15 @@ async def test_no_secret_is_in_logs_errors_answers_metrics_schema_or_the_raw_dat
     serving = serve_sandbox(options, port=relay.upstream[1])
     async with serving as sandbox, broker_process(tmp_path, port, admin_key) as log:
         connection = await run.connect(issuer)
-        for body in ({}, {"force_refresh": True}):
+        bodies: list[dict[str, bool]] = [{}, {"force_refresh": True}]
+        for body in bodies:
             answer = await run.call("POST", f"/v1/connections/{connection['id']}/token", body)
             assert answer.status_code == 200, answer.text
             run.secrets[f"handed out {len(run.secrets)}"] = answer.json()["access_token"]
         imported = {"type": "oauth2", "access_token": "CANARY-imported-5d1c8a7e"}
         run.secrets["imported token"] = imported["access_token"]
-        body = {"integration": "sandbox", "subject": "acme:43", "credentials": imported}
-        await run.look("POST", "/v1/connections", body)
+        wanted = {"integration": "sandbox", "subject": "acme:43", "credentials": imported}
+        await run.look("POST", "/v1/connections", wanted)
         await provoke_errors(run, connection["id"])
         sandbox.state.kill_account("ada")  # a refresh that fails is logged too
         refused = {"not_token_sha256": hashlib.sha256(answer.json()["access_token"].encode()).hexdigest()}
@@ -242,12 +243,15 @@ async def test_no_secret_is_in_logs_errors_answers_metrics_schema_or_the_raw_dat
     await run.http.aclose()
     relay_server.close()
     run.secrets.update({f"wire {index}": value for index, value in enumerate(sorted(relay.secrets()))})
-    run.places["log"] = log.read_bytes()
-    for path in sorted(tmp_path.rglob("*")):
-        if path.is_file() and path.name != "keyring":
-            run.places[path.name] = path.read_bytes()
+    run.places.update(files_below(tmp_path))
     expect_the_search_to_have_teeth(run, log)
     expect_absent(run.secrets, run.places)
+
+
+def files_below(directory: Path) -> dict[str, bytes]:
+    """Return what a run left on disk; the keyring is the one file that is secret by itself."""
+    paths = [path for path in sorted(directory.rglob("*")) if path.is_file() and path.name != "keyring"]
+    return {path.name: path.read_bytes() for path in paths}
 
 
 def expect_the_search_to_have_teeth(run: Run, log: Path) -> None:
@@ -255,7 +259,7 @@ def expect_the_search_to_have_teeth(run: Run, log: Path) -> None:
     assert len([name for name in run.secrets if name.startswith("wire")]) >= 5
     assert any(name.startswith("cookie") for name in run.secrets)
     assert all(len(secret) >= SHORTEST for secret in run.secrets.values())
-    assert {"broker.db", "audit.jsonl", "log"} <= run.places.keys()
+    assert {"broker.db", "audit.jsonl", "broker.log"} <= run.places.keys()
     assert b"refresh" in log.read_bytes()
     for form in forms(run.secrets["confirm code"]):
         with pytest.raises(AssertionError, match="confirm code in planted"):

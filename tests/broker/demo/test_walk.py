@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import io
-import logging
 import re
 import signal
 import subprocess
@@ -15,7 +14,6 @@ from urllib.parse import parse_qsl, urljoin, urlsplit
 
 import httpx2
 import pytest
-import structlog
 
 from broker.demo.browser import Browser, NoConsentPage, consent_form, redirect_of
 from broker.demo.browser import main as browser_main
@@ -23,7 +21,7 @@ from broker.demo.sandbox import SandboxOptions, fault
 from broker.demo.stage import free_port, listening, open_stage
 from broker.demo.steps import STEPS, Walk, shortened
 from broker.demo.walk import DEMO_OPTIONS, Narrator, run_demo, take_steps
-from tests.commands import PATIENCE_SECONDS, Done, broker, run, running
+from tests.commands import PATIENCE_SECONDS, Done, broker, logging_as_before, run, running
 
 HOSTILE = {  # none of this may matter to the demo
     "BROKER_ENV": "production",
@@ -38,15 +36,10 @@ IDS = r"(?:con|ses)_[a-z0-9]{26}"
 
 
 @pytest.fixture(autouse=True)
-def logging_as_before() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Give the process its logging back after each test."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield
-    structlog.reset_defaults()
-    structlog.contextvars.clear_contextvars()
-    root.handlers[:] = handlers
-    root.setLevel(level)
+    with logging_as_before():
+        yield
 
 
 @pytest.fixture(scope="module")

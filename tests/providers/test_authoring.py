@@ -1,0 +1,161 @@
+"""What helps to write a provider's file: the skeleton is valid as it stands, and a careless function is found out."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from providers import collect, load_catalog, problems
+from providers.authoring import check, check_all, names, skeleton, trials, write_skeleton
+from providers.spec import Account, Credential, Dialogue, Incoming, Outgoing, Provider, Revocation, Variable
+
+
+def begun(name: str = "acme") -> Provider:
+    """Return the provider that a fresh skeleton defines."""
+    held: dict[str, Any] = {}
+    exec(compile(skeleton(name), name, "exec"), held)  # noqa: S102 - the file as it would be imported
+    return collect({name: held})[name]
+
+
+def test_a_fresh_skeleton_is_a_provider_without_problems() -> None:
+    provider = begun("acme_corp")
+    assert (provider.name, provider.title, provider.env_prefix) == ("acme_corp", "Acme Corp", "ACME_CORP")
+    assert [*problems(provider), *trials(provider)] == []
+
+
+@pytest.mark.parametrize("command", [("check",), ("format", "--check")])
+def test_a_fresh_skeleton_passes_the_linter(command: tuple[str, ...]) -> None:
+    ruff = shutil.which("ruff", path=str(Path(sys.executable).parent))
+    assert ruff is not None
+    called = [ruff, *command, "--no-cache", "--stdin-filename", "providers/acme.py", "-"]
+    done = subprocess.run(called, input=skeleton("acme"), capture_output=True, text=True, check=False)  # noqa: S603 - ours
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("name", ["", "Acme", "a-b", "a/b", "../x", "1st", "spec", "authoring", "a" * 64])
+def test_what_cannot_be_a_name_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="a-z"):
+        skeleton(name)
+
+
+def test_a_file_is_never_overwritten() -> None:
+    before = Path(str(sys.modules["providers.oidc"].__file__)).read_text()
+    with pytest.raises(FileExistsError):
+        write_skeleton("oidc")
+    assert Path(str(sys.modules["providers.oidc"].__file__)).read_text() == before
+
+
+def test_the_catalog_passes_its_own_check() -> None:
+    assert set(load_catalog()) <= set(names())
+    assert check_all() == []
+    assert [problem for name in names() for problem in check(name)] == []
+    with pytest.raises(KeyError):
+        check("spec")
+
+
+# --- careless functions
+
+
+def asking(url: str, value: object, *, times: int = 1) -> Callable[[Credential], Generator[Outgoing, Incoming, Any]]:
+    """Return a function for a slot that asks ``url`` and then returns ``value`` whatever the answer."""
+
+    def function(_credential: Credential) -> Generator[Outgoing, Incoming, Any]:
+        for _ in range(times):
+            yield Outgoing("GET", url)
+        return value
+
+    return function
+
+
+def raising(credential: Credential) -> Dialogue[Any]:
+    """Trust the answer."""
+    answer = yield Outgoing("GET", f"{credential.hosts['']}/me")
+    return answer.json()["user"]["id"]
+
+
+def leaking(credential: Credential) -> Dialogue[Account]:
+    """Put the token into the address."""
+    token = credential.access_token.reveal() if credential.access_token else ""
+    yield Outgoing("GET", f"{credential.hosts['']}/me?token={token}")
+    return Account("1")
+
+
+HERE = "https://api.example.test/me"
+CARELESS_IDENTIFY = {
+    "asks a server": asking("https://elsewhere.test/me", Account("1")),
+    "raises": raising,
+    "puts a secret into a URL": leaking,
+    "wants more than 5": asking(HERE, Account("1"), times=6),
+    "asks nothing": asking(HERE, Account("1"), times=0),
+    "something else than an Account": asking(HERE, {"id": 1}),
+    "with a text as its id": asking(HERE, Account(1)),  # type: ignore[arg-type]
+}
+CARELESS_REVOKE = {
+    "asks a server": asking("https://elsewhere.test/revoke", value=False),
+    "raises": raising,
+    "something else than True or False": asking(HERE, 1),
+    "did not confirm": asking(HERE, value=True),
+    "claims a success": asking(HERE, value=True, times=0),
+}
+
+
+def _raising_parse(answer: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {"access_token": answer["access_token"]}
+
+
+def _changing_parse(answer: Mapping[str, Any]) -> Mapping[str, Any]:
+    answer.update(x=1)  # type: ignore[attr-defined]
+    return answer
+
+
+CARELESS_PARSE: dict[str, Callable[[Mapping[str, Any]], Any]] = {
+    "raises KeyError": _raising_parse,
+    "changes what it is given": _changing_parse,
+    "something else than a map": lambda answer: list(answer),
+}
+
+
+@pytest.mark.parametrize("words", CARELESS_IDENTIFY)
+def test_a_careless_identify_is_found_out(words: str) -> None:
+    found = list(trials(replace(begun(), identify=CARELESS_IDENTIFY[words])))
+    assert any(one.startswith("identify") and words in one for one in found)
+
+
+@pytest.mark.parametrize("words", CARELESS_REVOKE)
+def test_a_careless_revoke_is_found_out(words: str) -> None:
+    provider = begun()
+    assert provider.oauth2 is not None
+    oauth2 = replace(provider.oauth2, revocation=Revocation(CARELESS_REVOKE[words]))
+    found = list(trials(replace(provider, oauth2=oauth2)))
+    assert any(one.startswith("revoke") and words in one for one in found)
+
+
+@pytest.mark.parametrize("words", CARELESS_PARSE)
+def test_a_careless_parse_token_is_found_out(words: str) -> None:
+    provider = begun()
+    assert provider.oauth2 is not None
+    oauth2 = replace(provider.oauth2, parse_token=CARELESS_PARSE[words])
+    found = list(trials(replace(provider, oauth2=oauth2)))
+    assert any(one.startswith("parse_token") and words in one for one in found)
+
+
+def test_hosts_with_variables_and_discovered_urls_are_made_up_for_the_trial() -> None:
+    provider = begun()
+    assert provider.oauth2 is not None
+    shops = replace(
+        provider, hosts={"": "https://{shop}.example.test"}, variables=(Variable("shop", r"[a-z]{1,9}", "acme"),)
+    )
+    assert list(trials(shops)) == []
+    discovered = replace(provider, oauth2=replace(provider.oauth2, revoke_url="", discovery=True))
+    assert list(trials(discovered)) == []
+
+
+def test_a_provider_without_functions_has_nothing_to_try() -> None:
+    assert list(trials(Provider("plain", "Plain", "https://docs.example.test"))) == []
