@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import time
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ import httpx2
 import pytest
 import sqlalchemy as sa
 
-from broker.app import create_app, open_parts
+from broker.app import Served, create_app, open_parts
 from broker.callers import mint_key
 from broker.health import readiness
 from broker.settings import load_settings
@@ -221,3 +223,44 @@ async def test_a_process_serves_its_group_and_health_alone(tmp_path: Path, group
                     )
                 else:
                     assert (answer.status_code, answer.json()["code"]) == (404, "not_found"), path
+
+
+# The life of a process
+
+
+async def lived(app: Served, *, until: str) -> list[dict[str, Any]]:
+    """Run the lifespan protocol as a server does; return what the application said."""
+    events: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+    said: list[dict[str, Any]] = []
+
+    async def receive() -> Any:
+        return await events.get()
+
+    async def send(message: Any) -> None:
+        said.append(message)
+        if message["type"] == until:
+            transport = httpx2.ASGITransport(app=app)  # type: ignore[arg-type] # an ASGI application
+            async with httpx2.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000") as http:
+                assert (await http.get("/health/ready")).json() == {"status": "ready", "failing": {}}
+            events.put_nowait({"type": "lifespan.shutdown"})
+
+    events.put_nowait({"type": "lifespan.startup"})
+    scope: Any = {"type": "lifespan", "asgi": {"version": "3.0"}}
+    await app(scope, receive, send)
+    gc.unfreeze()  # what a process does at its start is not meant for the rest of the tests
+    return said
+
+
+@pytest.mark.parametrize("with_worker", [True, False])
+async def test_a_process_opens_its_parts_serves_and_closes_them(tmp_path: Path, with_worker: bool) -> None:  # noqa: FBT001 - a case
+    settings = load_settings({}, directory=tmp_path, env="development", data_dir=tmp_path)
+    said = await lived(Served(settings, with_worker=with_worker), until="lifespan.startup.complete")
+    assert [message["type"] for message in said] == ["lifespan.startup.complete", "lifespan.shutdown.complete"]
+
+
+async def test_a_start_that_fails_names_the_setting(tmp_path: Path) -> None:
+    settings = load_settings({}, directory=tmp_path, env="development", data_dir=tmp_path, admin_key="brk_wrong")
+    (said,) = await lived(Served(settings, with_worker=False), until="never")
+    assert said["type"] == "lifespan.startup.failed"
+    assert "BROKER_ADMIN_KEY" in said["message"]
+    assert "brk_wrong" not in said["message"]
