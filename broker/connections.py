@@ -21,6 +21,7 @@ from broker import policy
 from broker.audit import Audit, Entry
 from broker.credentials import Credentials, Handout, LeaseLost, Revoked, require_lease, secret_owner
 from broker.database import Database, now
+from broker.egress import Egress
 from broker.errors import (
     AmbiguousConnection,
     AuditUnavailable,
@@ -31,13 +32,14 @@ from broker.errors import (
     InvalidRequest,
     NotFound,
 )
-from broker.integrations import Integrations
+from broker.integrations import Configured, Integrations
 from broker.integrations.config import is_scope, merge_patch
 from broker.models import Connection, epoch_of, new_id
 from broker.policy import May, Principal, Target
 from broker.refresh import Ask
 from broker.telemetry import Metrics
 from broker.vault import Vault
+from providers.spec import Credential
 
 STATUSES = frozenset({"pending", "active", "reauthorization_required", "frozen", "revoked", "error"})
 TOUCH_SECONDS = 60.0
@@ -207,6 +209,31 @@ class Connections:
         self._metrics.handout("ok")
         await self._touch(row, at)
         return handout
+
+    async def identity_check(self, name: str, egress: Egress, principal: Principal) -> dict[str, Any] | None:
+        """Make the provider's identity call with the newest active connection of an integration, if there is one.
+
+        Returns a check as ``probe`` does, None without a connection or an identity call. The use is audited before it is
+        made; whose connection it was stands in the audit only.
+        """
+        query = select(Connection).where(
+            Connection.integration == name, Connection.status == "active", col(Connection.deleted_at).is_(None)
+        )
+        newest = query.order_by(col(Connection.created_at).desc(), col(Connection.id).desc()).limit(1)
+        row, at = await self._database.read(lambda session: (session.exec(newest).first(), now(session)))
+        configured = await self._integrations.configured(name)
+        if row is None or configured.provider.identify is None:
+            return None
+        try:
+            handout = await self._credentials.fresh(row, configured, Ask(), at)
+            await self._audit.record(_entry("integration.tested", row, principal))
+            account = await egress.converse(
+                configured.provider.identify(_bearer_only(configured, handout)), origins=set(row.pins.values())
+            )
+        except BrokerError as error:
+            return {"name": "identity", "ok": False, "detail": error.detail}
+        same = row.account_id in {None, account.id}
+        return {"name": "identity", "ok": same, "detail": "fine" if same else "the API names another account"}
 
     async def _touch(self, row: Connection, at: float) -> None:
         """Keep ``last_used_at`` true to the minute without a write per hand-out."""
@@ -454,6 +481,18 @@ def _replaced(row: Connection, wanted: Import, fields: Mapping[str, Any], versio
 def _account_fields(account: Mapping[str, Any] | None) -> dict[str, Any]:
     given = account or {}
     return {f"account_{name}": given.get(name) for name in ("id", "name", "email")}
+
+
+def _bearer_only(configured: Configured, handout: Handout) -> Credential:
+    """Return what an identity call needs: the token, and neither the client's secret nor the refresh token."""
+    return Credential(
+        client_id=configured.row.client_id,
+        client_secret=None,
+        access_token=handout.access_token,
+        refresh_token=None,
+        urls=configured.endpoints.urls,
+        hosts=configured.endpoints.hosts,
+    )
 
 
 def _entry(action: str, row: Connection, principal: Principal, *, outcome: str = "ok", **detail: Any) -> Entry:  # noqa: ANN401 - JSON values

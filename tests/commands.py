@@ -30,11 +30,14 @@ class Done:
 
 
 def environment(place: Path, **variables: str) -> dict[str, str]:
-    """Return the environment of a command that lives in ``place``: its home is there, and this tree is importable."""
+    """Return the environment of a command that lives in ``place``: its home is there, and this tree is importable.
+
+    A variable that is given as an empty text is left out.
+    """
     kept = {name: value for name, value in os.environ.items() if name.startswith(KEPT)}
     path = os.pathsep.join([str(Path(sys.executable).parent), "/usr/local/bin", "/usr/bin", "/bin"])
     plain = {"PATH": path, "HOME": str(place), "PYTHONPATH": str(ROOT), "LANG": "C.UTF-8", "PYTHONUNBUFFERED": "1"}
-    return {**kept, **plain, **variables}
+    return {name: value for name, value in {**kept, **plain, **variables}.items() if value}
 
 
 def run(*command: str, place: Path, given: str = "", **variables: str) -> Done:

@@ -14,10 +14,12 @@ import threading
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
+import typer
 
+from broker.cli import main
 from tests.commands import ROOT, environment, free_port
 
 PAGE = (ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8")
@@ -130,12 +132,23 @@ def test_the_end_shows_the_chain_revokes_and_leaves_nothing_running(walked: Walk
             assert probe.connect_ex(("127.0.0.1", port)) != 0
 
 
-def test_what_the_page_says_about_the_commands_is_so() -> None:
-    """Commands that are shown but not run here name options that exist."""
-    shown = "\n".join(re.findall(r"^ *```console\n(.*?)^ *```$", PAGE, re.MULTILINE | re.DOTALL)) + PAGE
-    assert "broker demo --serve" in shown
-    assert re.findall(r"broker serve --workers \d", shown)
-    assert "GITHUB_CLIENT_ID" in shown
+def mentions() -> set[tuple[str, ...]]:
+    """Return every `broker …` in the page's code, as its words and options."""
+    fenced = re.findall(r"^ *```\w+\n(.*?)^ *```$", PAGE, re.MULTILINE | re.DOTALL)
+    inline = re.findall(r"`([^`\n]+)`", PAGE)
+    code = re.sub(r"  #.*", "", "\n".join([*fenced, *inline])).replace("\\\n", " ")
+    return {tuple(one.split()) for one in re.findall(r"\bbroker((?: +[a-z-]+)+)", code)}
+
+
+@pytest.mark.parametrize("words", sorted(mentions()), ids=" ".join)
+def test_every_command_and_option_that_the_page_mentions_exists(words: tuple[str, ...]) -> None:
+    command: Any = typer.main.get_command(main)
+    said = list(words)
+    while said and said[0] in getattr(command, "commands", {}):
+        command = command.commands[said.pop(0)]
+    options = {option for parameter in command.params for option in parameter.opts}
+    assert not hasattr(command, "commands")
+    assert {one for one in said if one.startswith("--")} <= options
 
 
 # --- the stand-in for curl, where there is none ----------------------------------------------------------------------------
@@ -144,7 +157,7 @@ def test_what_the_page_says_about_the_commands_is_so() -> None:
 class Recorder(BaseHTTPRequestHandler):
     """Keeps what was sent; answers 200, or 404 at /missing."""
 
-    seen: list[dict[str, Any]]
+    seen: ClassVar[list[dict[str, Any]]]
 
     def _answer(self) -> None:
         body = self.rfile.read(int(self.headers.get("content-length", "0"))).decode()
@@ -170,8 +183,10 @@ def curls() -> list[list[str]]:
 
 @pytest.mark.parametrize("curl", curls(), ids=lambda curl: Path(curl[-1]).name)
 def test_the_stand_in_for_curl_sends_what_curl_sends(curl: list[str], tmp_path: Path) -> None:
-    recorder = type("OneRecorder", (Recorder,), {"seen": []})
-    with HTTPServer(("127.0.0.1", 0), recorder) as server:
+    class OneRecorder(Recorder):
+        seen: ClassVar[list[dict[str, Any]]] = []
+
+    with HTTPServer(("127.0.0.1", 0), OneRecorder) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         base = f"http://127.0.0.1:{server.server_port}"
 
@@ -190,14 +205,14 @@ def test_the_stand_in_for_curl_sends_what_curl_sends(curl: list[str], tmp_path: 
         assert call("--fail", f"{base}/missing") == (22, "")
         assert call("--fail-with-body", "-X", "DELETE", f"{base}/missing") == (22, '{"said": true}')
         server.shutdown()
-    assert [(one["method"], one["path"], one["body"]) for one in recorder.seen] == [
+    assert [(one["method"], one["path"], one["body"]) for one in OneRecorder.seen] == [
         ("POST", "/p", '{"a": 1}'),
         ("GET", "/g", ""),
         ("GET", "/missing", ""),
         ("DELETE", "/missing", ""),
     ]
-    assert recorder.seen[0]["authorization"] == "Bearer x"
-    assert recorder.seen[0]["content-type"] == "application/json"
+    assert OneRecorder.seen[0]["authorization"] == "Bearer x"
+    assert OneRecorder.seen[0]["content-type"] == "application/json"
 
 
 @pytest.mark.parametrize("curl", curls(), ids=lambda curl: Path(curl[-1]).name)

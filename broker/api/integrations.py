@@ -11,6 +11,7 @@ from litestar.params import FromPath, FromQuery, JSONBody
 
 from broker import policy
 from broker.api.requests import PLAIN, AnyRequest, checked_limit, page, position_of, problems, short_page
+from broker.connections import Connections
 from broker.egress import Egress
 from broker.errors import FieldError, InvalidRequest
 from broker.integrations import Draft, Integrations, View, default_scopes
@@ -166,11 +167,15 @@ async def run_test(
     name: FromPath[str],
     principal: NamedDependency[Principal],
     integrations: NamedDependency[Integrations],
+    connections: NamedDependency[Connections],
     egress: NamedDependency[Egress],
 ) -> dict[str, Any]:
-    """Make real calls that prove or disprove the configuration."""
+    """Make real calls that prove or disprove the configuration; with a connection at hand, its identity call too."""
     policy.require_role(principal, "operator")
-    return await probe(integrations, egress, name)
+    verdict = await probe(integrations, egress, name)
+    identity = await connections.identity_check(name, egress, principal) if verdict["ok"] else None
+    checks = [*verdict["checks"], *([identity] if identity is not None else [])]
+    return {"ok": all(check["ok"] for check in checks), "checks": checks}
 
 
 @get("/integrations/{name:str}/metrics", responses=problems(403, 404))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
+import pty
 import re
 import signal
 import sqlite3
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -24,7 +27,7 @@ from broker import __version__
 from broker.callers import mint_key
 from broker.cli import main
 from broker.cli.running import printable
-from tests.commands import PATIENCE_SECONDS, Done, broker, free_port, logging_as_before, running
+from tests.commands import PATIENCE_SECONDS, Done, broker, environment, free_port, logging_as_before, running
 from tests.flows.rig import APP, Rig, open_rig
 
 CANARY = "CANARY-0123456789"
@@ -425,7 +428,12 @@ def own_catalog(tmp_path: Path) -> Callable[..., Done]:
     for file in (root / "providers").iterdir():
         if file.is_file():
             (folder / file.name).write_bytes(file.read_bytes())
-    return lambda *arguments: broker(*arguments, place=tmp_path, PYTHONPATH=f"{tmp_path / 'own'}{os.pathsep}{root}")
+    variables = {
+        "PYTHONPATH": f"{tmp_path / 'own'}{os.pathsep}{root}",
+        "COVERAGE_PROCESS_CONFIG": "",  # the copy is nobody's source
+        "COVERAGE_PROCESS_START": "",
+    }
+    return lambda *arguments: broker(*arguments, place=tmp_path, **variables)
 
 
 def test_a_skeleton_is_written_once_and_is_valid_as_it_stands(own_catalog: Callable[..., Done], tmp_path: Path) -> None:
@@ -541,6 +549,31 @@ def test_a_status_that_is_none_and_a_connection_that_is_none_are_refused(termina
     assert "reauthorization_required" in terminal.refused("connections", "list", "--status", "asleep")
     for command in (["show"], ["revoke"], ["confirm", "--subject", "a:b", "--code", "x"]):
         assert "no such thing" in terminal.refused("connections", command[0], "con_x", *command[1:])
+
+
+def test_a_code_that_is_typed_is_not_shown(terminal: Terminal) -> None:
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "broker", "connections", "confirm", "con_x", "--subject", "a:b"],
+        cwd=terminal.place,
+        env=environment(terminal.place, **terminal.variables),
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+    )
+    os.close(theirs)
+    said = b""
+    while b"Code: " not in said:  # the space comes when the terminal has stopped to echo
+        said += os.read(ours, 1024)
+    os.write(ours, f"{CANARY}\n".encode())
+    assert process.wait(PATIENCE_SECONDS) == 1
+    with contextlib.suppress(OSError):  # Linux: the other side is closed
+        while more := os.read(ours, 1024):
+            said += more
+    os.close(ours)
+    assert b"no such thing" in said
+    assert CANARY.encode() not in said
 
 
 # --- audit ----------------------------------------------------------------------------------------------------------------

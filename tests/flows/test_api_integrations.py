@@ -327,11 +327,26 @@ async def test_an_older_client_secret_is_tried_when_the_newest_is_refused(shared
 async def test_a_test_proves_the_clients_credentials(shared: Rig) -> None:
     verdict = (await shared.call("POST", "/v1/integrations/sandbox/test")).json()
     assert verdict["ok"] is True
-    assert [(check["name"], check["ok"]) for check in verdict["checks"]] == [
+    assert [(check["name"], check["ok"]) for check in verdict["checks"]][:3] == [
         ("discovery", True),
         ("jwks", True),
         ("client", True),
     ]
+
+
+async def test_with_a_connection_at_hand_a_test_makes_its_identity_call(tmp_path: Path) -> None:
+    async with open_rig(tmp_path) as rig:
+        connection = await rig.connected()
+        verdict = (await rig.call("POST", "/v1/integrations/sandbox/test")).json()
+        assert verdict["checks"][3:] == [{"name": "identity", "ok": True, "detail": "fine"}]
+        used = (await rig.call("GET", "/v1/audit?action=integration.tested")).json()["data"]
+        assert [record["connection_id"] for record in used] == [connection["id"]]
+
+        rig.sandbox.state.kill_account("ada")
+        verdict = (await rig.call("POST", "/v1/integrations/sandbox/test")).json()
+        assert (verdict["ok"], verdict["checks"][3]["ok"]) == (False, False)
+        shown = (await rig.call("GET", "/v1/integrations/sandbox")).json()
+        assert shown["status"] == "active"  # one user's dead token says nothing about the configuration
 
 
 @pytest.mark.parametrize(

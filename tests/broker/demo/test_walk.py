@@ -239,7 +239,7 @@ async def test_a_flow_without_an_app_is_confirmed_by_the_printed_command(served:
 
 
 async def test_the_app_refuses_what_its_own_page_did_not_send(served: Served) -> None:
-    _, (app, *_), _ = served
+    process, (app, *_), _ = served
     async with httpx2.AsyncClient(base_url=app, trust_env=False) as http:
         crossed = await http.post("/confirm", headers={"Sec-Fetch-Site": "cross-site"}, data={"confirm": "x"})
         rebound = await http.get("/", headers={"Host": "attacker.test"})
@@ -251,6 +251,7 @@ async def test_the_app_refuses_what_its_own_page_did_not_send(served: Served) ->
     assert "404 not_found" in made_up.text
     assert "404 not_found" in tokenless.text
     assert "access_denied" in refused.text
+    assert ended(process, signal.SIGTERM)[0] == 0
 
 
 # Stopping and starting
