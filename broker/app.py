@@ -115,13 +115,14 @@ async def open_parts(settings: Settings) -> AsyncIterator[Parts]:
         await database.migrate()
         sealer = await open_sealer(database, keyring)
         vault = CachedVault(await open_vault(settings, database, sealer), seconds=settings.secret_cache_seconds)
-        audit = await open_audit(database, sealer, settings)
+        counters = new_metrics()
+        audit = await open_audit(database, sealer, settings, on_failure=counters.audit_failure)
         stack.push_async_callback(audit.aclose)
         egress = Egress(settings)
         stack.push_async_callback(egress.aclose)
         callers = Callers(database, audit)
         stack.push_async_callback(callers.aclose)
-        parts = _assembled(settings, database, sealer, vault, audit, egress, callers)
+        parts = _assembled(settings, database, sealer, vault, audit, egress, callers, counters)
         stack.push_async_callback(parts.credentials.aclose)
         if settings.admin_key is not None:
             await callers.ensure_admin(Secret(settings.admin_key.reveal()))
@@ -145,8 +146,8 @@ def _assembled(
     audit: Audit,
     egress: Egress,
     callers: Callers,
+    metrics: Metrics,
 ) -> Parts:
-    metrics = new_metrics()
     integrations = Integrations(database, vault, egress, audit, load_catalog(), settings)
     credentials = Credentials(database, vault, sealer, egress, integrations, audit, metrics)
     confirmations = Confirmations(database, vault, credentials, audit)

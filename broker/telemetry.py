@@ -348,7 +348,7 @@ def new_metrics(registry: CollectorRegistry | None = None) -> Metrics:
         ),
         refreshes=counter("refreshes", "Refreshes by what became of them", ("provider", "outcome")),
         handouts=counter("handouts", "Requests for a token by outcome", ("outcome",)),
-        audit_failures=counter("audit_failures", "Audit records that could not be written"),
+        audit_failures=counter("audit_failures", "Audit records and checkpoints that could not be written"),
         flows=counter("flows", "Browser flows by how they ended", ("provider", "outcome")),
     )
 

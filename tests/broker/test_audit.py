@@ -18,11 +18,16 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlmodel import Session
 
 from broker.audit import GENESIS, Audit, Entry, Verification, open_audit
+from broker.audit.chain import keys_of
+from broker.audit.checkpoints import signed
+from broker.audit.head import Head
 from broker.database import Database, DriverFault, PostgresDatabase, SqliteDatabase, open_database
 from broker.errors import AuditUnavailable, DatabaseUnavailable
 from broker.models import AuditCheckpoint, AuditHead, AuditRecord, SystemKey
@@ -195,7 +200,7 @@ async def test_floats_come_back_exactly(audit: Audit, database: Database) -> Non
     "detail",
     [
         {"x": float("nan")}, {"x": float("inf")}, {"x": b"bytes"}, {1: "x"}, {None: 1}, {"x": {2: 1}}, {"x": {1, 2}},
-        {"x": "\ud800"}, {"x": "\0"}, {"\0": 1}, {"x": 2**63}, {"x": object()}, ["x"], "x", None,
+        {"x": "\ud800"}, {"x": "\0"}, {"\0": 1}, {"x": 2**63}, {"x": ...}, ["x"], "x", None,
     ],
     ids=repr,
 )  # fmt: skip
@@ -535,10 +540,8 @@ async def test_a_checkpoint_is_written_a_minute_after_the_last_or_when_the_clock
     audit: Audit, database: Database, seconds: int
 ) -> None:
     await write(audit, database, entry(0))
-    head = await database.read(audit._head)
-    assert head is not None
     [record] = await rows_of(database, RECORDS)
-    older = audit._signed(head, record["at"] + seconds)
+    older = signed(keys_of(KEY), Head(1, record["chain"], genuine=True), record["at"] + seconds)
     await execute(database, sa.insert(CHECKPOINTS).values(older))
     await audit.checkpoint()
     assert len(await rows_of(database, CHECKPOINTS)) == 1, "no record since"
@@ -687,7 +690,7 @@ async def test_checkpoints_go_to_standard_output(database: Database, capfd: pyte
     await write(audit, database, entry())
     await audit.checkpoint()
     [row] = await rows_of(database, CHECKPOINTS)
-    assert json.loads(capfd.readouterr().out) == row
+    assert json.loads(capfd.readouterr().out) == row | {"public_key": audit.checkpoint_keys()[row["key_id"]]}
     assert await audit.verify() == Verification(ok=True, count=1, checked_checkpoints=1)
 
 
@@ -696,6 +699,47 @@ async def test_workers_that_write_the_same_checkpoint_do_not_collide(database: D
     await write(audits[0], database, entry())
     await asyncio.gather(*(audit.checkpoint() for audit in audits))
     assert len(await rows_of(database, CHECKPOINTS)) == 1
+
+
+def check_alone(line: str, public_key: str) -> None:
+    """Check a line as somebody does who has nothing of ours but the public key (`InvalidSignature` otherwise)."""
+    covered, _, _ = line.partition(',"public_key"')
+    signature = bytes.fromhex(json.loads(line)["signature"])
+    key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(public_key))
+    key.verify(signature, f"broker audit checkpoint 1\n{covered}}}".encode())
+
+
+async def test_a_third_party_can_check_the_second_place_with_the_public_key_alone(
+    database: Database, tmp_path: Path
+) -> None:
+    place = tmp_path / "checkpoints"
+    audit = an_audit(database, places=[f"file:{place}"])
+    await three_records(audit, database)
+    [(key_id, public_key)] = audit.checkpoint_keys().items()
+    lines = place.read_text("ascii").splitlines()
+    assert len(lines) == 3
+    for line in lines:
+        assert json.loads(line) | {"key_id": key_id, "public_key": public_key} == json.loads(line)
+        check_alone(line, public_key)
+        with pytest.raises(InvalidSignature):
+            check_alone(line.replace('"count":', '"count":1'), public_key)
+
+
+async def test_the_public_keys_of_earlier_root_keys_stay_known_behind_the_current_one(database: Database) -> None:
+    one = an_audit(database)
+    other = Audit(database, OTHER_KEY, sinks=["database"], checkpoints=[])
+    rotated = Audit(database, OTHER_KEY, sinks=["database"], checkpoints=[], previous_keys=[KEY])
+    assert list(rotated.checkpoint_keys().items()) == [*other.checkpoint_keys().items(), *one.checkpoint_keys().items()]
+
+
+@pytest.mark.parametrize("put", ["00" * 32, "", None, []])
+async def test_a_line_with_another_public_key_is_named(database: Database, tmp_path: Path, put: object) -> None:
+    place = tmp_path / "checkpoints"
+    audit = an_audit(database, places=[f"file:{place}"])
+    await write(audit, database, entry())
+    await audit.checkpoint()
+    place.write_text(json.dumps(json.loads(place.read_text()) | {"public_key": put}))
+    assert verdict(await audit.verify()) == ("checkpoint_forged", None)
 
 
 # --- other sinks ----------------------------------------------------------------------------------------------------------
@@ -806,6 +850,38 @@ async def test_a_standard_output_that_is_closed_or_full_releases_nothing_and_hea
         full.close()
     record_id = await audit.record(entry())
     assert json.loads(capfd.readouterr().out)["id"] == record_id
+
+
+async def test_whatever_could_not_be_written_is_counted_once(database: Database, tmp_path: Path) -> None:
+    path, failures = tmp_path / "audit.jsonl", [0]
+
+    def count() -> None:
+        failures[0] += 1
+
+    places = ["database", f"file:{path}"]
+    audit = Audit(database, KEY, sinks=places, checkpoints=places, on_failure=count)
+    await audit.record(entry())
+    await write(audit, database, entry())
+    await audit.checkpoint()
+    assert failures == [0]
+    path.unlink()
+    path.mkdir()
+    await asyncio.gather(*(audit.record(entry()) for _ in range(3)), return_exceptions=True)
+    assert failures == [3], "one for each record, though they were written together"
+    with pytest.raises(AuditUnavailable):
+        await write(audit, database, entry(), entry())
+    assert failures == [4]
+    with pytest.raises(AuditUnavailable):
+        await audit.checkpoint(force=True)
+    assert failures == [5]
+    with pytest.raises(AuditUnavailable):
+        await audit.verify()
+    assert failures == [5], "reading is not writing"
+    await execute(database, sa.update(HEAD).values(mac="00"))
+    for attempt in (audit.record(entry()), write(audit, database, entry()), audit.checkpoint(force=True)):
+        with pytest.raises(AuditUnavailable, match="changed from outside"):
+            await attempt
+    assert failures == [8]
 
 
 # --- outages of the database ----------------------------------------------------------------------------------------------
@@ -936,6 +1012,16 @@ async def test_the_root_key_is_made_once_sealed_and_loaded_again(database: Datab
     assert (await rows_of(database, RECORDS))[0]["key_id"] == row["id"]
     await first.aclose()
     await again.aclose()
+
+
+async def test_an_opened_audit_counts_what_it_could_not_write(database: Database, tmp_path: Path) -> None:
+    failures: list[str] = []
+    chosen = the_settings(audit_sinks=("database", f"file:{tmp_path}"))
+    audit = await open_audit(database, await a_sealer(database), chosen, on_failure=partial(failures.append, "once"))
+    with pytest.raises(AuditUnavailable):
+        await audit.record(entry())
+    assert failures == ["once"]
+    await audit.aclose()
 
 
 async def test_processes_that_start_at_once_end_with_one_root_key(database_url: str) -> None:

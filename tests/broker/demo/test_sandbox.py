@@ -1326,11 +1326,12 @@ def visit(port: int, seen: list[bytes | type[Exception]]) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-async def test_serving_changes_no_logger(caller: Caller) -> None:
+async def test_serving_changes_no_logger() -> None:
     access = logging.getLogger("uvicorn.access")
-    assert (await caller.http.get("/jwks")).status_code == 200
-    assert access.propagate is True
-    assert access.handlers == []
+    before = (access.propagate, access.handlers[:], access.level)
+    async with serve_sandbox() as sandbox, httpx2.AsyncClient(trust_env=False) as http:
+        assert (await http.get(f"{sandbox.issuer}/jwks")).status_code == 200
+    assert (access.propagate, access.handlers, access.level) == before
 
 
 async def test_codes_and_states_stand_in_no_log(caller: Caller, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,0 +1,77 @@
+"""What the audit is told: an entry is refused unless it can be stored and will verify later."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+OUTCOMES = frozenset({"ok", "denied", "intent", "failed"})
+DEEPEST_DETAIL = 16
+
+_UNSTORABLE = re.compile(r"[\x00\ud800-\udfff]")
+_ACTION = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What happened. Never holds a secret: a credential appears only as ``Audit.digest``.
+
+    ``actor``: a caller id, ``browser``, ``worker``, ``cli`` or ``system``. ``detail`` is JSON (a copy is kept) without
+    personal names: the chain covers it for ever, only ``subject`` can be erased. ``ValueError`` for an action that is not
+    dotted lower case, an unknown outcome, text with NUL or lone surrogates (PostgreSQL keeps neither), and for a detail
+    that would not come back from JSON as it went in: NaN, keys that are no strings, bytes, integers over 64 bits.
+    """
+
+    action: str
+    actor: str
+    outcome: str = "ok"
+    connection_id: str | None = None
+    integration: str | None = None
+    subject: str | None = None
+    detail: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse what could not be stored or verified later."""
+        if not _ACTION.fullmatch(self.action):
+            raise ValueError("an audit action is dotted lower case")
+        if self.outcome not in OUTCOMES:
+            raise ValueError("an audit outcome is ok, denied, intent or failed")
+        _plain_text(self.actor)
+        for text in (self.connection_id, self.integration, self.subject):
+            if text is not None:
+                _plain_text(text)
+        if not isinstance(self.detail, Mapping):
+            raise ValueError("an audit detail is a map")  # noqa: TRY004 - one kind of refusal for one kind of mistake
+        object.__setattr__(self, "detail", _plain(self.detail, DEEPEST_DETAIL))
+
+
+def _plain(value: object, depth: int) -> Any:  # noqa: ANN401 - JSON is any shape
+    """Return a copy made of JSON's own types; ``ValueError`` when it would not come back the same."""
+    if depth < 0:
+        raise ValueError("an audit detail is nested too deeply")
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        return _plain_text(value)
+    if isinstance(value, Mapping):
+        return {_plain_text(key): _plain(item, depth - 1) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, depth - 1) for item in value]
+    return _plain_number(value)
+
+
+def _plain_text(value: object) -> str:
+    if not isinstance(value, str) or _UNSTORABLE.search(value):
+        raise ValueError("an audit entry takes text without NUL and lone surrogates")
+    return str(value)
+
+
+def _plain_number(value: object) -> int | float:
+    if isinstance(value, int) and -(2**63) <= value < 2**63:
+        return int(value)
+    if isinstance(value, float) and math.isfinite(value):
+        return float(value)
+    raise ValueError("an audit detail holds only what JSON can hold")

@@ -1,0 +1,121 @@
+"""The table of records: linking new ones to the chain, and every query about those that are there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import sqlalchemy as sa
+from sqlmodel import Session, col, select
+from sqlmodel.sql.expression import SelectOfScalar
+
+from broker.audit.chain import KeySet, Row
+from broker.audit.entries import Entry
+from broker.audit.head import lock_head, move_head
+from broker.database import now
+from broker.models import AuditRecord, new_id
+
+BATCH = 1_000
+
+RECORDS = cast("sa.Table", AuditRecord.__table__)  # type: ignore[attr-defined]
+_FIRST_AND_LAST = sa.select(sa.func.min(RECORDS.c.number), sa.func.max(RECORDS.c.number))
+_STORED = [
+    sa.cast(RECORDS.c.detail, sa.Text).label("detail") if column.name == "detail" else column for column in RECORDS.c
+]
+
+
+def link_entries(session: Session, keys: KeySet, entries: Sequence[Entry]) -> list[dict[str, Any]]:
+    """Write the entries at the end of the chain, in the caller's transaction; return their rows.
+
+    Holds the head's lock from here to the end of the transaction. Raises ``AuditUnavailable`` for a forged head, and what
+    the driver raises.
+    """
+    if not entries:
+        return []
+    head = lock_head(session, keys)
+    at, chain = now(session), head.chain
+    rows: list[dict[str, Any]] = []
+    for number, entry in enumerate(entries, head.count + 1):
+        row = _row(number, entry, at, keys)
+        row["chain"] = chain = keys.current.link(chain, row)
+        rows.append(row)
+    session.connection().execute(sa.insert(RECORDS), rows)
+    move_head(session, keys, rows[-1]["number"], chain)
+    return rows
+
+
+def _row(number: int, entry: Entry, at: float, keys: KeySet) -> dict[str, Any]:
+    return {
+        "number": number,
+        "id": new_id("aud"),
+        "at": at,
+        "action": entry.action,
+        "outcome": entry.outcome,
+        "actor": entry.actor,
+        "connection_id": entry.connection_id,
+        "integration": entry.integration,
+        "subject": entry.subject,
+        "subject_digest": None if entry.subject is None else keys.current.subject_digest(entry.subject),
+        "detail": entry.detail,
+        "key_id": keys.current.id,
+    }
+
+
+def newest(
+    equal: Mapping[str, str | None], *, since: float | None, until: float | None, before_number: int | None
+) -> SelectOfScalar[AuditRecord]:
+    """Return the query for the records that fit, newest first; None does not restrict. Pure."""
+    query = select(AuditRecord).order_by(col(AuditRecord.number).desc())
+    query = query.where(*(RECORDS.c[name] == value for name, value in equal.items() if value is not None))
+    if since is not None:
+        query = query.where(AuditRecord.at >= since)
+    if until is not None:
+        query = query.where(AuditRecord.at < until)
+    if before_number is not None:
+        query = query.where(AuditRecord.number < before_number)
+    return query
+
+
+def erase(session: Session, subject: str) -> int:
+    """Set ``subject`` to null in every record; return how many there were."""
+    query = sa.update(RECORDS).where(RECORDS.c.subject == subject).values(subject=None)
+    return session.connection().execute(query).rowcount
+
+
+# --- for verify
+
+
+def rows_of(session: Session, query: sa.Select[Any]) -> Sequence[Row]:
+    """Return what ``query`` finds, as maps."""
+    return cast("Sequence[Row]", session.connection().execute(query).mappings().all())
+
+
+def records_after(session: Session, *, number: int, until: int | None, size: int) -> Sequence[Row]:
+    """Return the next batch as it is stored, ``detail`` as text: an attacker's row need not fit the column's type."""
+    query = sa.select(*_STORED).where(RECORDS.c.number > number).order_by(RECORDS.c.number).limit(size)
+    if until is not None:
+        query = query.where(RECORDS.c.number <= until)
+    return rows_of(session, query)
+
+
+def first_and_last(session: Session) -> tuple[int | None, int | None]:
+    """Return the lowest and the highest number, None and None when there is no record."""
+    first, last = session.connection().execute(_FIRST_AND_LAST).one()
+    return first, last
+
+
+def count_records(session: Session) -> int:
+    """Return how many records there are, whatever their numbers."""
+    return int(session.connection().execute(sa.select(sa.func.count()).select_from(RECORDS)).scalar_one())
+
+
+def links_after(session: Session, *, number: int) -> Sequence[Row]:
+    """Return ``number`` and ``chain`` of the next batch."""
+    query = sa.select(RECORDS.c.number, RECORDS.c.chain).where(RECORDS.c.number > number)
+    return rows_of(session, query.order_by(RECORDS.c.number).limit(BATCH))
+
+
+def links_of(session: Session, *, numbers: Sequence[int]) -> dict[int, str]:
+    """Return the links of these records, as far as they are there."""
+    query = sa.select(RECORDS.c.number, RECORDS.c.chain).where(RECORDS.c.number.in_(numbers))
+    return {row["number"]: row["chain"] for row in rows_of(session, query)}

@@ -1,0 +1,202 @@
+"""The only reader of a connection's secret: store, hand out fresh (refresh once however many ask), revoke, mark.
+
+``Credentials`` is the face and holds the contracts; the work is in the files beside it, each of which imports only from
+those above it::
+
+    usable · stored_secrets      the row as it stands; the secret in the vault
+    leases                       one writer at a time
+    outcomes                     what a refresh came to, on the row
+    journal                      the attempt, and the provider's raw answer
+    claims                       claim, wait, hold, settle what a crash left
+    refreshing                   one refresh, from the claim to the release
+    handing_out · revoking · upkeep
+
+A refresh is claim → attempt → act → journal → compare-and-set → release. The lease has an owner and a fencing number; a
+late holder's write is refused. docs/decisions/0006-refresh.md says why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractAsyncContextManager
+from typing import Any
+
+from broker.audit import Audit
+from broker.credentials.claims import Claims
+from broker.credentials.handing_out import HandingOut, Handout
+from broker.credentials.journal import Journal
+from broker.credentials.leases import Claimed, Lease, LeaseLost, require_lease
+from broker.credentials.outcomes import Outcomes
+from broker.credentials.refreshing import Refreshing
+from broker.credentials.revoking import Revoked, Revoking
+from broker.credentials.stored_secrets import StoredSecrets, bearer_of, oauth_value, secret_owner, sha256_hex
+from broker.credentials.upkeep import Upkeep
+from broker.database import Database
+from broker.egress import Egress
+from broker.integrations import Configured, Integrations
+from broker.models import Connection
+from broker.refresh import Ask
+from broker.telemetry import Metrics
+from broker.vault import Vault
+from broker.vault.keyring import Sealer
+
+__all__ = [
+    "Claimed",
+    "Credentials",
+    "Handout",
+    "Lease",
+    "LeaseLost",
+    "Revoked",
+    "bearer_of",
+    "oauth_value",
+    "require_lease",
+    "secret_owner",
+    "sha256_hex",
+]
+
+LEASE_SECONDS = 30.0
+WAIT_SECONDS = 40.0
+LIVE_WAIT_SECONDS = 5.0
+JOURNAL_SECONDS = 60.0
+
+
+class Credentials:
+    """Secrets of connections. Every method may run at once, in many tasks, processes and replicas."""
+
+    def __init__(
+        self,
+        database: Database,
+        vault: Vault,
+        sealer: Sealer,
+        egress: Egress,
+        integrations: Integrations,
+        audit: Audit,
+        metrics: Metrics,
+        *,
+        lease_seconds: float = LEASE_SECONDS,
+        wait_seconds: float = WAIT_SECONDS,
+        live_wait_seconds: float = LIVE_WAIT_SECONDS,
+        journal_seconds: float = JOURNAL_SECONDS,
+    ) -> None:
+        """Join the parts. ``lease_seconds``: how long a lease outlives what its holder is known to do.
+
+        ``wait_seconds``: how long a caller waits for a refresh, its own or another's; ``live_wait_seconds``: and how long
+        while there is a live token to serve. ``journal_seconds``: how long an answer is kept in memory while the database
+        does not take it.
+        """
+        waits = {"lease_seconds": lease_seconds, "wait_seconds": wait_seconds}
+        stored = StoredSecrets(database, vault)
+        outcomes = Outcomes(database, stored, integrations, audit, metrics)
+        journal = Journal(database, stored, sealer, outcomes, keep_seconds=journal_seconds)
+        claims = Claims(database, outcomes, journal, **waits)
+        refreshing = Refreshing(database, stored, egress, integrations, audit, claims, journal, outcomes, **waits)
+        self._wait_seconds = wait_seconds
+        self._stored = stored
+        self._claims = claims
+        self._refreshing = refreshing
+        self._handing_out = HandingOut(
+            database, stored, refreshing, wait_seconds=wait_seconds, live_wait_seconds=live_wait_seconds
+        )
+        self._revoking = Revoking(database, stored, egress, integrations, audit, claims)
+        self._upkeep = Upkeep(database, vault, integrations)
+
+    # Handing out
+
+    async def fresh(self, row: Connection, configured: Configured, ask: Ask, at: float) -> Handout:
+        """Return a token that fits ``ask``, refreshing at most once; concurrent callers share one refresh.
+
+        ``row`` was read at ``at`` (the database's clock) and is checked here for status and pinned origins. Raises those
+        refusals, ``decide``'s, and ProviderUnavailable, UpstreamTimeout or UpstreamInvalid when a needed refresh fails.
+        """
+        return await self._handing_out.fresh(row, configured, ask, at)
+
+    async def refresh(self, row: Connection) -> None:
+        """Refresh now unless somebody else just did; for the worker. Raises as ``fresh`` does."""
+        await self._refreshing.once(row.id, row.secret_version, self._wait_seconds)
+
+    # Writing otherwise
+
+    async def claim(self, connection_id: str) -> Claimed | None:
+        """Take the lease if nobody holds it; None otherwise (NotFound for no such connection).
+
+        An attempt without a journal is what a crash between sending and journalling leaves: it is counted here as an
+        unknown outcome, and when the same token may be sent again is written to the row.
+        """
+        return await self._claims.claim(connection_id)
+
+    def holding(self, connection_id: str) -> AbstractAsyncContextManager[Claimed]:
+        """Hold a connection's lease for a block that writes its secret otherwise (merge, delete, revoke).
+
+        Waits for a refresh under way; a journal left behind is settled first, or left when it cannot be: it is for one
+        refresh token, and dropped later if that one is gone. Raises UpstreamTimeout, NotFound, LeaseLost.
+        """
+        return self._claims.holding(connection_id)
+
+    async def put(self, connection_id: str, value: Mapping[str, Any], *, expected_version: int) -> int:
+        """Write the next version of a secret under the lease; return it, for the row to name.
+
+        ``expected_version`` is the one that the row names. A newer one that a crash left is no obstacle: it is taken if it
+        holds this value, else the row names it first, made a copy of what it names now. Raises SecretStoreUnavailable.
+        """
+        return await self._stored.put(connection_id, value, expected_version=expected_version)
+
+    async def destroy(self, connection_id: str) -> None:
+        """Destroy every version of a connection's secret."""
+        await self._stored.destroy(connection_id)
+
+    # Ending
+
+    async def revoke(self, row: Connection, configured: Configured) -> Revoked:
+        """Revoke at the provider what this connection holds, unless another live connection would die with it.
+
+        ``failed`` when the provider cannot be reached or refuses; never raises for that. The caller holds the row
+        (deleted or revoked already), so that nothing is handed out meanwhile.
+        """
+        return await self._revoking.revoke(row, configured)
+
+    async def dispose(self, connection_id: str) -> Revoked:
+        """Finish the deletion of a row marked ``deleted_at``: revoke, destroy the secret, remove the row.
+
+        May be repeated after a crash at any point. Raises SecretStoreUnavailable, DatabaseUnavailable, UpstreamTimeout,
+        LeaseLost: then the row stays marked and the worker tries again.
+        """
+        return await self._revoking.dispose(connection_id)
+
+    # For the worker
+
+    async def due(self, *, limit: int, after: tuple[float, str] | None = None) -> list[Connection]:
+        """Return connections to refresh now: used ones whose token ends soon, idle ones whose refresh token would die.
+
+        In the order of the tokens' ends and ids; ``after`` is the (end or 0, id) of the last one of the page before.
+        """
+        return await self._upkeep.due(limit=limit, after=after)
+
+    async def left_behind(self, *, older_than_seconds: float) -> list[str]:
+        """Return connections whose deletion a crash cut off, a hundred at most."""
+        return await self._upkeep.left_behind(older_than_seconds=older_than_seconds)
+
+    async def unsettled(self, *, limit: int = 1000) -> list[str]:
+        """Return connections whose refresh was cut off by a crash: a journal or an attempt without a live lease."""
+        return await self._upkeep.unsettled(limit=limit)
+
+    async def settle(self, connection_id: str) -> None:
+        """Finish what a crash left of one connection: replay its journal, or count its unknown outcome.
+
+        Does not wait for a live lease: its holder does the same. Raises DatabaseUnavailable.
+        """
+        await self._claims.settle(connection_id)
+
+    async def sweep_unreferenced(self, *, older_than_seconds: float = 86_400.0, at: float | None = None) -> int:
+        """Destroy secrets that no row names, left by a crash between vault and row; return how many.
+
+        ``at``: the time to count from, by default the database's now.
+        """
+        return await self._upkeep.sweep_unreferenced(older_than_seconds=older_than_seconds, at=at)
+
+    async def aclose(self) -> None:
+        """Finish the refreshes under way (each ends within its time limit) and give their leases back.
+
+        Those that only wait for another process end at once.
+        """
+        self._claims.stop_waiting()
+        await self._refreshing.finish()

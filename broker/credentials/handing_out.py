@@ -1,0 +1,110 @@
+"""Hand a credential out as it is, or renewed first: a token that fits what the caller asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from broker.credentials.refreshing import Refreshing
+from broker.credentials.stored_secrets import StoredSecrets, bearer_of, sha256_hex
+from broker.credentials.usable import read_row, require_pinned, require_usable
+from broker.database import Database
+from broker.errors import BrokerError, ProviderUnavailable
+from broker.integrations import Configured
+from broker.models import Connection
+from broker.refresh import Ask, Held, after_failure, decide
+from providers.spec import Secret
+
+ROUNDS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Handout:
+    """A credential on its way to a backend."""
+
+    access_token: Secret
+    token_type: str
+    expires_at: float | None
+    scopes: tuple[str, ...]
+    connection_id: str
+    stale: bool
+
+
+class HandingOut:
+    """Hands tokens out."""
+
+    def __init__(
+        self,
+        database: Database,
+        stored: StoredSecrets,
+        refreshing: Refreshing,
+        *,
+        wait_seconds: float,
+        live_wait_seconds: float,
+    ) -> None:
+        """Keep the parts; the seconds are those of ``Credentials``."""
+        self._database = database
+        self._stored = stored
+        self._refreshing = refreshing
+        self._wait_seconds = wait_seconds
+        self._live_wait_seconds = live_wait_seconds
+
+    async def fresh(self, row: Connection, configured: Configured, ask: Ask, at: float) -> Handout:
+        """Return a token that fits ``ask``. See ``Credentials.fresh``."""
+        require_usable(row)
+        require_pinned(row, configured)
+        row, value = await self._opened(row)
+        held = held_from(row, value)
+        choice = decide(held, ask, at)
+        if choice == "renew":
+            return await self._renewed(row, held, ask, at)
+        return _handout(row, value, stale=choice == "stale")
+
+    async def _renewed(self, row: Connection, held: Held, ask: Ask, at: float) -> Handout:
+        """Return a newer token than the one that is held, or that one if it can be served although no newer one came."""
+        servable = held.live(at) and not ask.force and not held.refused(ask)
+        patience_seconds = self._live_wait_seconds if servable else self._wait_seconds
+        failure: BrokerError | None = None
+        for _ in range(ROUNDS):  # a version can move without a new token, after a crash: then once more
+            try:
+                await self._refreshing.once(row.id, row.secret_version, patience_seconds)
+            except BrokerError as error:
+                failure = error
+            row, at = await read_row(self._database, row.id)
+            require_usable(row)
+            row, value = await self._opened(row)
+            if row.refreshed_at != held.refreshed_at or held_from(row, value).token_sha256 != held.token_sha256:
+                return _handout(row, value, stale=False)
+            if failure is not None:
+                break
+        after_failure(held, ask, at, failure or ProviderUnavailable("the refresh brought no token; try again"))
+        return _handout(row, value, stale=True)
+
+    async def _opened(self, row: Connection) -> tuple[Connection, dict[str, Any]]:
+        """Return the row and its secret; both anew if the secret moved on since the row was read."""
+        value = await self._stored.content(row.id, row.secret_version)
+        if value is not None:
+            return row, value
+        current, _ = await read_row(self._database, row.id)
+        require_usable(current)
+        return current, await self._stored.open(current)
+
+
+def held_from(row: Connection, value: Mapping[str, Any]) -> Held:
+    """Return what ``decide`` needs of a row and its opened secret (pure)."""
+    token = bearer_of(value)
+    return Held(
+        token_sha256=sha256_hex(token),
+        expires_at=row.token_expires_at,
+        lifetime_seconds=value.get("lifetime_seconds"),
+        refreshable=row.refreshable,
+        refreshed_at=row.refreshed_at,
+        not_before_at=row.refresh_not_before_at,
+        jitter=int(sha256_hex(row.id)[:6], 16) / 0x1000000,
+    )
+
+
+def _handout(row: Connection, value: Mapping[str, Any], *, stale: bool) -> Handout:
+    kind = "Basic" if value["type"] == "basic" else "Bearer"
+    return Handout(Secret(bearer_of(value)), kind, row.token_expires_at, tuple(row.scopes), row.id, stale)

@@ -1,0 +1,164 @@
+"""What a refresh came to, written to the row in one fenced transaction: a new token, a failure, or a loss."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import sqlalchemy as sa
+import structlog
+from sqlmodel import Session, col
+
+from broker.audit import Audit, Entry
+from broker.credentials.leases import Claimed, Lease, LeaseLost, require_lease
+from broker.credentials.stored_secrets import StoredSecrets, oauth_value
+from broker.database import Database, now
+from broker.integrations import Integrations
+from broker.models import Connection, RefreshAttempt, RefreshJournal
+from broker.refresh import Failure, Tally, Verdict, after_attempt
+from broker.telemetry import Metrics
+from broker.token_endpoint import TokenAnswer, granted_scopes
+from providers.spec import OAuth2
+
+log = structlog.get_logger()
+
+
+class Outcomes:
+    """Records how attempts ended. LeaseLost when the fence moved on: then nothing is written."""
+
+    def __init__(
+        self, database: Database, stored: StoredSecrets, integrations: Integrations, audit: Audit, metrics: Metrics
+    ) -> None:
+        """Keep the parts."""
+        self._database = database
+        self._stored = stored
+        self._integrations = integrations
+        self._audit = audit
+        self._metrics = metrics
+
+    def oauth2_of(self, row: Connection) -> OAuth2:
+        """Return the provider's OAuth dialogue, as its file has it; a default one for a provider that is gone."""
+        provider = self._integrations.catalog.get(row.provider)
+        return provider.oauth2 if provider is not None and provider.oauth2 is not None else OAuth2()
+
+    async def store(self, claimed: Claimed, answer: TokenAnswer, *, received_at: float, old_refresh_token: str) -> None:
+        """Put a new token into the vault, then let the row name it."""
+        row, oauth2 = claimed.row, self.oauth2_of(claimed.row)
+        kept = old_refresh_token if oauth2.refresh.keep_old else None
+        value = oauth_value(answer, received_at=received_at, old_refresh_token=kept)
+        version = await self._stored.put(row.id, value, expected_version=row.secret_version)
+        changes = {
+            **_changes(oauth2, row, answer, received_at=received_at),
+            "secret_version": version,
+            "refreshable": "refresh_token" in value,
+        }
+        await self._record(claimed.lease, changes, system_entry("connection.refreshed", row, version=version))
+        self._metrics.refresh_outcome(row.provider, "ok")
+        rotated = answer.refresh_token is not None and value["refresh_token"] != old_refresh_token
+        log.info("refresh.stored", connection_id=row.id, provider=row.provider, version=version, rotated=rotated)
+        if "refresh_token" not in value:
+            log.warning("refresh.no_refresh_token", connection_id=row.id, provider=row.provider)
+
+    async def drop(self, lease: Lease) -> None:
+        """Forget an attempt whose answer is of no use any more; the row stays as it is."""
+        await self._record(lease, {})
+
+    async def fail(self, claimed: Claimed, failure: Failure) -> Verdict:
+        """Record a failed attempt: when to try again, or that only the user can help."""
+
+        def work(session: Session) -> Verdict:
+            return self.judge(session, _finished(session, claimed.lease), failure, now(session))
+
+        verdict = await self._database.transaction(work)
+        self.tell(claimed.row, verdict, cut_off=False)
+        return verdict
+
+    def judge(self, session: Session, row: Connection, failure: Failure, at: float) -> Verdict:
+        """Write what follows from a failure to the (locked) row; a loss is audited, once."""
+        verdict = after_attempt(
+            self.oauth2_of(row).refresh,
+            failure,
+            Tally(row.refresh_failures, row.unknown_outcomes, row.refresh_not_before_at),
+            expires_at=row.token_expires_at,
+            now=at,
+            random_share=random.random(),  # noqa: S311 - spreading, not secrecy
+        )
+        tally = verdict.tally
+        row.refresh_failures, row.unknown_outcomes = tally.failures, tally.unknown_outcomes
+        row.refresh_not_before_at = tally.not_before_at
+        entries: list[Entry] = []
+        if row.status == "active":  # what is frozen or revoked stays so
+            row.status_reason = verdict.reason
+            if verdict.lost:
+                row.status = "reauthorization_required"
+                entries = [system_entry("connection.reauthorization_required", row, reason=verdict.reason)]
+        session.flush()
+        self._audit.append(session, *entries)
+        return verdict
+
+    def tell(self, row: Connection, verdict: Verdict, *, cut_off: bool) -> None:
+        """Count and log a failure, once its transaction is through. ``cut_off``: a crash left it."""
+        outcome = "lost" if verdict.lost else verdict.reason
+        self._metrics.refresh_outcome(row.provider, outcome)
+        log.warning(
+            "refresh.lost" if verdict.lost else "refresh.failed",
+            connection_id=row.id,
+            provider=row.provider,
+            reason=verdict.reason,
+            cut_off=cut_off,
+            failures=verdict.tally.failures,
+            unknown_outcomes=verdict.tally.unknown_outcomes,
+            again_at=verdict.tally.not_before_at,
+        )
+
+    async def _record(self, lease: Lease, changes: Mapping[str, Any], *entries: Entry) -> None:
+        def work(session: Session) -> None:
+            row = _finished(session, lease)
+            for name, value in changes.items():
+                setattr(row, name, value)
+            if changes and row.status == "active":
+                row.status_reason = None
+            session.flush()
+            self._audit.append(session, *entries)
+
+        await self._database.transaction(work)
+
+
+def system_entry(action: str, row: Connection, **detail: Any) -> Entry:  # noqa: ANN401 - JSON values
+    """Return the audit record of something that the broker did by itself."""
+    return Entry(
+        action=action,
+        actor="system",
+        connection_id=row.id,
+        integration=row.integration,
+        subject=row.subject,
+        detail=detail,
+    )
+
+
+def _changes(oauth2: OAuth2, row: Connection, answer: TokenAnswer, *, received_at: float) -> dict[str, Any]:
+    """Return what a token answer changes in the row (pure)."""
+    changes: dict[str, Any] = {
+        "token_expires_at": answer.expires_at,
+        "refreshed_at": received_at,
+        "refresh_failures": 0,
+        "refresh_not_before_at": None,
+        "unknown_outcomes": 0,
+    }
+    if answer.scopes is not None:
+        changes["scopes"] = list(granted_scopes(oauth2, row.scopes, answer))
+    if answer.refresh_expires_at is not None:
+        changes["refresh_expires_at"] = answer.refresh_expires_at
+    return changes
+
+
+def _finished(session: Session, lease: Lease) -> Connection:
+    """End an attempt: check the lease, forget attempt and journal, and return the locked row."""
+    require_lease(session, lease)
+    for table in (RefreshAttempt, RefreshJournal):
+        session.execute(sa.delete(table).where(col(table.connection_id) == lease.connection_id))
+    row = session.get(Connection, lease.connection_id, with_for_update=True)
+    if row is None:
+        raise LeaseLost
+    return row

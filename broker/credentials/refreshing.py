@@ -1,0 +1,210 @@
+"""One refresh, however many ask: claim → attempt → act → journal → compare-and-set → release.
+
+The attempt is durable before the request leaves, the provider's raw answer is durable before anything else happens, so that
+a crash at any point ends in the newest token, or in an unknown outcome that is known to be one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+
+import structlog
+
+from broker.audit import Audit
+from broker.credentials.claims import Claims
+from broker.credentials.journal import Answered, Journal, SentToken, write_attempt
+from broker.credentials.leases import Claimed, LeaseLost
+from broker.credentials.outcomes import Outcomes
+from broker.credentials.stored_secrets import StoredSecrets, sha256_hex
+from broker.credentials.usable import require_pinned, require_usable
+from broker.database import Database
+from broker.egress import Egress, NotSent, OutcomeUnknown
+from broker.errors import (
+    BrokerError,
+    EgressDenied,
+    InternalError,
+    ProviderUnavailable,
+    ReauthorizationRequired,
+    UpstreamInvalid,
+    UpstreamTimeout,
+)
+from broker.integrations import Integrations
+from broker.models import Connection
+from broker.refresh import Failure, wait_for
+from broker.token_endpoint import TokenRefusal, parse_answer, refresh_request
+from providers.spec import Incoming, OAuth2, Outgoing, Secret
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """A refresh that is ready to be sent: one request for each live client secret, newest first."""
+
+    requests: tuple[Outgoing, ...] = field(repr=False)
+    oauth2: OAuth2
+    token: SentToken
+    timeout_seconds: float
+
+
+class Refreshing:
+    """Refreshes connections; knows the refreshes that run in this process."""
+
+    def __init__(
+        self,
+        database: Database,
+        stored: StoredSecrets,
+        egress: Egress,
+        integrations: Integrations,
+        audit: Audit,
+        claims: Claims,
+        journal: Journal,
+        outcomes: Outcomes,
+        *,
+        lease_seconds: float,
+        wait_seconds: float,
+    ) -> None:
+        """Keep the parts; the seconds are those of ``Credentials``."""
+        self._database = database
+        self._stored = stored
+        self._egress = egress
+        self._integrations = integrations
+        self._audit = audit
+        self._claims = claims
+        self._journal = journal
+        self._outcomes = outcomes
+        self._lease_seconds = lease_seconds
+        self._wait_seconds = wait_seconds
+        self._running: dict[tuple[str, int], asyncio.Task[None]] = {}
+
+    async def once(self, connection_id: str, seen_version: int, patience_seconds: float) -> None:
+        """Join the refresh that runs in this process, or start one that does not die with its caller.
+
+        Nothing is sent where another writer has moved on from ``seen_version``. Raises UpstreamTimeout when patience is
+        over, and what the refresh raises.
+        """
+        key = (connection_id, seen_version)
+        task = self._running.get(key)
+        if task is None:
+            task = asyncio.create_task(self._refresh(connection_id, seen_version))
+            self._running[key] = task
+            task.add_done_callback(lambda done: self._forget(key, done))
+        await asyncio.wait({task}, timeout=patience_seconds)
+        if not task.done():
+            raise UpstreamTimeout("the refresh goes on; ask again")
+        if task.cancelled():
+            raise UpstreamTimeout("the refresh was cut off; ask again")
+        task.result()
+
+    async def finish(self) -> None:
+        """Wait for the refreshes under way."""
+        while self._running:
+            await asyncio.wait(set(self._running.values()))
+            await asyncio.sleep(0)  # the tasks' callbacks forget them
+
+    def _forget(self, key: tuple[str, int], done: asyncio.Task[None]) -> None:
+        self._running.pop(key, None)
+        if done.cancelled():
+            return
+        error = done.exception()  # retrieved, so that a refresh without a waiting caller is not reported as lost
+        if error is not None and not isinstance(error, BrokerError):
+            log.error("refresh.defect", connection_id=key[0], exc_info=error)
+
+    async def _refresh(self, connection_id: str, seen_version: int) -> None:
+        deadline = time.monotonic() + self._wait_seconds
+        while (claimed := await self._claims.claim_or_follow(connection_id, seen_version, deadline)) is not None:
+            try:
+                async with self._claims.released(claimed.lease):
+                    await self._act(claimed, seen_version)
+            except LeaseLost:
+                log.warning("refresh.lease_lost", connection_id=connection_id, fence=claimed.lease.fence)
+                continue  # somebody else is at it: follow them
+            return
+
+    async def _act(self, claimed: Claimed, seen_version: int) -> None:
+        over = False
+        if claimed.journal is not None:
+            claimed = await self._journal.replay(claimed, claimed.journal)
+            ends_at = claimed.row.token_expires_at
+            over = ends_at is not None and ends_at <= claimed.now  # the answer waited longer than its token lives
+        if over or claimed.row.secret_version == seen_version:
+            await self._send(claimed)
+
+    async def _send(self, claimed: Claimed) -> None:
+        row = claimed.row
+        require_usable(row)
+        if row.refresh_not_before_at is not None and row.refresh_not_before_at > claimed.now:
+            raise wait_for(row.refresh_not_before_at, claimed.now)
+        try:
+            prepared = await self._prepared(row)
+        except (ProviderUnavailable, UpstreamInvalid, EgressDenied) as error:
+            await self._outcomes.fail(claimed, Failure("not_sent", "not_sent"))
+            raise _as_provider_error(error) from None
+        answered = await self._answered(claimed, prepared)
+        journal = await self._journal.keep(claimed.lease, prepared.token, answered)
+        await self._journal.settle(claimed, journal)
+
+    async def _prepared(self, row: Connection) -> _Prepared:
+        """Gather all that a refresh needs, so that nothing but the network can fail once the attempt is written."""
+        configured = await self._integrations.configured(row.integration)
+        require_pinned(row, configured)
+        token = (await self._stored.open(row)).get("refresh_token")
+        if token is None:
+            raise ReauthorizationRequired
+        client = await self._integrations.client(configured)
+        requests = tuple(
+            refresh_request(
+                configured.oauth2,
+                token_url=configured.endpoints.urls["token_url"],
+                client=client,
+                secret=secret,
+                refresh_token=Secret(token),
+            )
+            for secret in client.secrets or (None,)
+        )
+        sent = SentToken(self._audit.digest(token), sha256_hex(token))
+        return _Prepared(requests, configured.oauth2, sent, configured.config.timeout_seconds)
+
+    async def _answered(self, claimed: Claimed, prepared: _Prepared) -> Answered:
+        """Write the attempt, then send; a failure is recorded and raised in a caller's terms."""
+        lease, row = claimed.lease, claimed.row
+        lasts_seconds = prepared.timeout_seconds + self._lease_seconds
+        deadline = time.monotonic() + prepared.timeout_seconds  # read first: the lease outlives every sender
+        await self._database.transaction(
+            lambda session: write_attempt(session, lease, prepared.token, lasts_seconds=lasts_seconds)
+        )
+        started = time.monotonic()
+        log.info("refresh.sent", connection_id=row.id, fence=lease.fence, unknown_outcomes=row.unknown_outcomes)
+        try:
+            answer = await self._ask_provider(prepared, deadline)
+        except (NotSent, EgressDenied, InternalError) as error:
+            await self._outcomes.fail(claimed, Failure("not_sent", "not_sent"))
+            raise _as_provider_error(error) from None
+        except (OutcomeUnknown, UpstreamInvalid) as error:
+            await self._outcomes.fail(claimed, Failure("unknown", "outcome_unknown"))
+            raise _as_provider_error(error) from None
+        elapsed_ms = round((time.monotonic() - started) * 1000)
+        log.info("refresh.answered", connection_id=row.id, status=answer.status, ms=elapsed_ms)
+        return Answered(answer, time.monotonic())
+
+    async def _ask_provider(self, prepared: _Prepared, deadline: float) -> Incoming:
+        """Send with each live client secret, newest first, until one is not refused; all before the ``deadline``."""
+        answer: Incoming | None = None
+        for request in prepared.requests:
+            left_seconds = deadline - time.monotonic()
+            if left_seconds <= 0:  # this process slept: the lease may be another's soon
+                raise NotSent("The time for this refresh is over")
+            answer = await self._egress.send(request, timeout_seconds=left_seconds)
+            parsed = parse_answer(prepared.oauth2, answer, received_at=0.0)
+            if not (isinstance(parsed, TokenRefusal) and parsed.outcome == "client_refused"):
+                break
+        assert answer is not None  # noqa: S101 - the loop runs at least once
+        return answer
+
+
+def _as_provider_error(error: BrokerError) -> BrokerError:
+    if isinstance(error, OutcomeUnknown) and error.timed_out:
+        return UpstreamTimeout()
+    return error

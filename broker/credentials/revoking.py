@@ -1,0 +1,126 @@
+"""Revoke at the provider what a connection holds, unless another would die with it, and finish its deletion."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import sqlalchemy as sa
+from sqlmodel import Session, col, select
+
+from broker.audit import Audit
+from broker.credentials.claims import Claims
+from broker.credentials.leases import Lease, require_lease
+from broker.credentials.outcomes import system_entry
+from broker.credentials.stored_secrets import StoredSecrets
+from broker.credentials.usable import require_pinned
+from broker.database import Database
+from broker.egress import Egress
+from broker.errors import BrokerError
+from broker.integrations import Configured, Integrations
+from broker.models import Connection, RefreshAttempt, RefreshJournal, RefreshLease
+from providers.spec import Credential, Secret
+
+Revoked = Literal["revoked", "unsupported", "failed", "skipped", "skipped_shared_grant"]
+
+
+class Revoking:
+    """Revokes credentials and removes deleted connections."""
+
+    def __init__(
+        self,
+        database: Database,
+        stored: StoredSecrets,
+        egress: Egress,
+        integrations: Integrations,
+        audit: Audit,
+        claims: Claims,
+    ) -> None:
+        """Keep the parts."""
+        self._database = database
+        self._stored = stored
+        self._egress = egress
+        self._integrations = integrations
+        self._audit = audit
+        self._claims = claims
+
+    async def revoke(self, row: Connection, configured: Configured) -> Revoked:
+        """Revoke at the provider unless the grant is shared. See ``Credentials.revoke``."""
+        revocation = configured.provider.oauth2.revocation if configured.provider.oauth2 is not None else None
+        if row.credential_type != "oauth2" or revocation is None:
+            return "unsupported"
+        try:
+            require_pinned(row, configured)
+            credential = await self._credential(row, configured)
+            kills = revocation.kills_with_refresh if credential.refresh_token is not None else revocation.kills
+            if kills in {"grant", "project"} and await self._shared(row, project=kills == "project"):
+                return "skipped_shared_grant"
+            done = await self._egress.converse(revocation.dialogue(credential), origins=set(row.pins.values()))
+        except BrokerError:
+            return "failed"
+        return "revoked" if done else "failed"
+
+    async def dispose(self, connection_id: str) -> Revoked:
+        """Finish the deletion of a row marked ``deleted_at``. See ``Credentials.dispose``."""
+        async with self._claims.holding(connection_id) as claimed:
+            result = await self._revoke_deleted(claimed.row)
+            await self._stored.destroy(connection_id)
+            await self._remove(claimed.row, claimed.lease, result)
+        return result
+
+    async def _revoke_deleted(self, row: Connection) -> Revoked:
+        if not row.revoke_on_delete:
+            return "skipped"
+        try:
+            return await self.revoke(row, await self._integrations.configured(row.integration))
+        except BrokerError:
+            return "failed"
+
+    async def _remove(self, row: Connection, lease: Lease, result: Revoked) -> None:
+        """Remove the row and all that hangs on it, the lease too (LeaseLost: then nothing is removed)."""
+
+        def work(session: Session) -> None:
+            require_lease(session, lease)
+            for table in (RefreshAttempt, RefreshJournal, RefreshLease):
+                session.execute(sa.delete(table).where(col(table.connection_id) == row.id))
+            session.execute(sa.delete(Connection).where(col(Connection.id) == row.id))
+            self._audit.append(session, system_entry("connection.disposed", row, revocation=result))
+
+        await self._database.transaction(work)
+
+    async def _credential(self, row: Connection, configured: Configured) -> Credential:
+        value = await self._stored.open(row)
+        client = await self._integrations.client(configured)
+        refresh = value.get("refresh_token")
+        return Credential(
+            client_id=client.client_id,
+            client_secret=client.secrets[0] if client.secrets else None,
+            access_token=Secret(value["access_token"]),
+            refresh_token=Secret(refresh) if refresh is not None else None,
+            urls=configured.endpoints.urls,
+            hosts=configured.endpoints.hosts,
+            client_auth=configured.endpoints.client_auth,
+        )
+
+    async def _shared(self, row: Connection, *, project: bool) -> bool:
+        query = select(Connection.id).where(*_dies_with(row, project=project)).limit(1)
+        return await self._database.read(lambda session: session.exec(query).first() is not None)
+
+
+def _dies_with(row: Connection, *, project: bool) -> list[sa.ColumnElement[bool]]:
+    """Return the conditions of another live connection of the same account that would die with this one's grant.
+
+    Where the account of either is unknown (an import), the same subject is taken for the same account. ``project``: the
+    provider ends what was granted to the client's whole project, in which any of its integrations may be.
+    """
+    unknown = col(Connection.subject) == row.subject
+    if row.account_id is not None:
+        unknown &= col(Connection.account_id).is_(None)
+    same = [
+        (col(Connection.account_id) == row.account_id) | unknown,
+        col(Connection.id) != row.id,
+        col(Connection.deleted_at).is_(None),
+        col(Connection.status) != "revoked",
+    ]
+    if project:
+        return [*same, col(Connection.provider) == row.provider]
+    return [*same, col(Connection.integration) == row.integration, col(Connection.client_id) == row.client_id]

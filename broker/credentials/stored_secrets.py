@@ -1,0 +1,112 @@
+"""A connection's secret in the vault: its shape, and how its next version is written so that a crash loses none.
+
+The row of a connection names the version that counts. Nothing here reads or judges more of the row than that.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import sqlalchemy as sa
+import structlog
+from sqlmodel import col
+
+from broker.database import Database
+from broker.errors import SecretStoreUnavailable
+from broker.models import Connection
+from broker.token_endpoint import TokenAnswer
+from broker.vault import SecretNotFound, SecretUnreadable, Vault, VaultConflict
+
+PUT_TRIES = 3
+log = structlog.get_logger()
+
+
+def secret_owner(connection_id: str) -> str:
+    """Return where a connection's secret lives in the vault."""
+    return f"connections/{connection_id}"
+
+
+def sha256_hex(token: str) -> str:
+    """Return the digest by which callers name a token (``not_token_sha256``); never stored as such."""
+    return hashlib.sha256(token.encode()).hexdigest()
+
+
+def oauth_value(answer: TokenAnswer, *, received_at: float, old_refresh_token: str | None = None) -> dict[str, Any]:
+    """Return what the vault keeps of a token answer; ``old_refresh_token`` stays when none came."""
+    refresh = answer.refresh_token.reveal() if answer.refresh_token is not None else old_refresh_token
+    lifetime = None if answer.expires_at is None else answer.expires_at - received_at
+    value: dict[str, Any] = {"type": "oauth2", "access_token": answer.access_token.reveal(), "token_type": "Bearer"}
+    value.update({"lifetime_seconds": lifetime} if lifetime is not None else {})
+    value.update({"refresh_token": refresh} if refresh is not None else {})
+    return value
+
+
+def bearer_of(value: Mapping[str, Any]) -> str:
+    """Return what is put behind the scheme of an Authorization header: token, key, or the encoded Basic pair."""
+    if value["type"] == "basic":
+        return base64.b64encode(f"{value['username']}:{value['password']}".encode()).decode()
+    return str(value["api_key"] if value["type"] == "api_key" else value["access_token"])
+
+
+class StoredSecrets:
+    """Reads and writes the versions of connections' secrets. Every method may raise SecretStoreUnavailable."""
+
+    def __init__(self, database: Database, vault: Vault) -> None:
+        """Keep the parts."""
+        self._database = database
+        self._vault = vault
+
+    async def content(self, connection_id: str, version: int) -> dict[str, Any] | None:
+        """Return one version; None when it is gone or does not open."""
+        try:
+            return (await self._vault.get(secret_owner(connection_id), version))[1]
+        except (SecretNotFound, SecretUnreadable):
+            return None
+
+    async def open(self, row: Connection) -> dict[str, Any]:
+        """Return the version that the row names (SecretStoreUnavailable, and an alarm, when it cannot be opened)."""
+        value = await self.content(row.id, row.secret_version)
+        if value is None:
+            log.critical("credential.unreadable", connection_id=row.id, secret_version=row.secret_version)
+            raise SecretStoreUnavailable("the secret of this connection cannot be opened")
+        return value
+
+    async def put(self, connection_id: str, value: Mapping[str, Any], *, expected_version: int) -> int:
+        """Write the next version under the lease; return it, for the row to name. See ``Credentials.put``.
+
+        A crash between vault and row leaves a version that no row names. A replay finds its own value there and takes it.
+        Anything else is written only after the row names the newest version again, with the content that it names now: a
+        vault keeps three versions, so the one that the row names would else be dropped after two such crashes.
+        """
+        expected = expected_version
+        for _ in range(PUT_TRIES):
+            try:
+                return await self._vault.put(secret_owner(connection_id), value, expected_version=expected)
+            except VaultConflict as conflict:
+                current = conflict.current
+            with contextlib.suppress(VaultConflict):
+                if await self.content(connection_id, current) == value:
+                    return current
+                expected = await self._named_anew(connection_id, expected, current)
+        raise SecretStoreUnavailable("others keep writing this secret")
+
+    async def _named_anew(self, connection_id: str, pinned: int, current: int) -> int:
+        """Let the row name the newest version, made a copy of the one that it names; return that version."""
+        content = await self.content(connection_id, pinned)
+        if content is None:
+            return current  # nothing to save
+        if await self.content(connection_id, current) != content:
+            current = await self._vault.put(secret_owner(connection_id), content, expected_version=current)
+        pinned_row = (col(Connection.id) == connection_id) & (col(Connection.secret_version) == pinned)
+        move = sa.update(Connection).where(pinned_row).values(secret_version=current)
+        await self._database.transaction(lambda session: session.execute(move))
+        log.warning("credential.named_anew", connection_id=connection_id, version=current)
+        return current
+
+    async def destroy(self, connection_id: str) -> None:
+        """Destroy every version."""
+        await self._vault.destroy(secret_owner(connection_id))

@@ -1,0 +1,124 @@
+"""What the worker asks for: connections due for a refresh or cut off by a crash, and secrets that nobody names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import sqlalchemy as sa
+import structlog
+from sqlmodel import Session, col, select
+
+from broker.credentials.leases import is_free
+from broker.credentials.stored_secrets import secret_owner
+from broker.database import Database, now
+from broker.integrations import Integrations
+from broker.models import Connection, RefreshAttempt, RefreshJournal, RefreshLease
+from broker.refresh import IDLE_SHARE, USED_WITHIN_SECONDS
+from broker.vault import Vault
+
+MARGIN_SECONDS = 240.0  # more than the soft margin, so that callers seldom wait
+LIFETIME_SHARE = 0.2
+LEFT_BEHIND_AT_ONCE = 100
+SWEEP_BATCH = 500
+log = structlog.get_logger()
+
+
+class Upkeep:
+    """Finds what has to be done without a request. Only the sweep changes anything."""
+
+    def __init__(self, database: Database, vault: Vault, integrations: Integrations) -> None:
+        """Keep the parts."""
+        self._database = database
+        self._vault = vault
+        self._integrations = integrations
+
+    async def due(self, *, limit: int, after: tuple[float, str] | None = None) -> list[Connection]:
+        """Return connections to refresh now. See ``Credentials.due``."""
+        ends_at = sa.func.coalesce(Connection.token_expires_at, 0.0)
+
+        def work(session: Session) -> list[Connection]:
+            at = now(session)
+            waits = col(Connection.refresh_not_before_at)
+            query = select(Connection).where(
+                Connection.status == "active",
+                col(Connection.refreshable).is_(True),
+                col(Connection.deleted_at).is_(None),
+                waits.is_(None) | (waits < at),
+                _ends_soon(at) | self._dies_of_idleness(at),
+            )
+            if after is not None:
+                query = query.where(sa.tuple_(ends_at, col(Connection.id)) > after)
+            return list(session.exec(query.order_by(ends_at, col(Connection.id)).limit(limit)))
+
+        return await self._database.read(work)
+
+    def _dies_of_idleness(self, at: float) -> sa.ColumnElement[bool]:
+        """Return the condition that most of the time has passed in which the provider wants to see a refresh token."""
+        since = _since()
+        ends: list[sa.ColumnElement[bool]] = []
+        for name, provider in self._integrations.catalog.items():
+            if provider.oauth2 is None:
+                continue
+            refresh, mine = provider.oauth2.refresh, col(Connection.provider) == name
+            if refresh.idle_seconds is not None:
+                ends.append(mine & (since < at - IDLE_SHARE * refresh.idle_seconds))
+            if refresh.sliding:
+                dies_at = col(Connection.refresh_expires_at)
+                ends.append(mine & (since + IDLE_SHARE * (dies_at - since) < at))
+        return sa.or_(sa.false(), *ends)
+
+    async def left_behind(self, *, older_than_seconds: float) -> list[str]:
+        """Return connections whose deletion a crash cut off. See ``Credentials.left_behind``."""
+
+        def work(session: Session) -> list[str]:
+            query = select(Connection.id).where(col(Connection.deleted_at) < now(session) - older_than_seconds)
+            return list(session.exec(query.limit(LEFT_BEHIND_AT_ONCE)))
+
+        return await self._database.read(work)
+
+    async def unsettled(self, *, limit: int) -> list[str]:
+        """Return connections whose refresh a crash cut off. See ``Credentials.unsettled``."""
+
+        def work(session: Session) -> list[str]:
+            free = is_free(now(session))
+            found: set[str] = set()
+            for table in (RefreshJournal, RefreshAttempt):
+                same = col(RefreshLease.connection_id) == col(table.connection_id)
+                found.update(
+                    session.exec(select(table.connection_id).join(RefreshLease, same).where(free).limit(limit))
+                )
+            return sorted(found)
+
+        return await self._database.read(work)
+
+    async def sweep_unreferenced(self, *, older_than_seconds: float, at: float | None) -> int:
+        """Destroy secrets that no row names; return how many. See ``Credentials.sweep_unreferenced``."""
+        now_at = await self._database.read(now) if at is None else at
+        found = await self._vault.owners("connections/")
+        old = [owner for owner, made_at in found if made_at < now_at - older_than_seconds]
+        swept = 0
+        for start in range(0, len(old), SWEEP_BATCH):
+            for owner in await self._unreferenced(old[start : start + SWEEP_BATCH]):
+                await self._vault.destroy(owner)
+                swept += 1
+        if swept:
+            log.warning("credential.swept", count=swept)
+        return swept
+
+    async def _unreferenced(self, owners: Sequence[str]) -> list[str]:
+        ids = [owner.removeprefix("connections/") for owner in owners]
+        query = select(Connection.id).where(col(Connection.id).in_(ids))
+        known = await self._database.read(lambda session: set(session.exec(query)))
+        return [secret_owner(connection_id) for connection_id in ids if connection_id not in known]
+
+
+def _since() -> sa.ColumnElement[float]:
+    """Return the time from which the token at hand is."""
+    return sa.func.coalesce(Connection.refreshed_at, Connection.created_at)
+
+
+def _ends_soon(at: float) -> sa.ColumnElement[bool]:
+    """In use, and within the margin or the last fifth of its life: a token of a minute is not renewed all the time."""
+    ends_at = col(Connection.token_expires_at)
+    used = col(Connection.last_used_at) > at - USED_WITHIN_SECONDS
+    return used & (ends_at < at + MARGIN_SECONDS) & (ends_at - at < LIFETIME_SHARE * (ends_at - _since()))

@@ -1,0 +1,60 @@
+"""Whether a connection may be used: its row read anew, its status, and the places that its credential is pinned to."""
+
+from __future__ import annotations
+
+from sqlmodel import Session
+
+from broker.database import Database, now
+from broker.errors import (
+    BrokerError,
+    ConfirmationRequired,
+    Conflict,
+    ConnectionFrozen,
+    ConnectionRevoked,
+    NotFound,
+    OriginChanged,
+    ReauthorizationRequired,
+)
+from broker.integrations import Configured
+from broker.models import Connection
+
+
+async def read_row(database: Database, connection_id: str) -> tuple[Connection, float]:
+    """Return the row as it is now, and the database's time (NotFound)."""
+
+    def work(session: Session) -> tuple[Connection | None, float]:
+        return session.get(Connection, connection_id), now(session)
+
+    row, at = await database.read(work)
+    if row is None:
+        raise NotFound
+    return row, at
+
+
+def require_usable(row: Connection) -> None:
+    """Raise what stands against using the connection, by its status."""
+    refusals: dict[str, type[BrokerError]] = {
+        "pending": ConfirmationRequired,
+        "reauthorization_required": ReauthorizationRequired,
+        "frozen": ConnectionFrozen,
+        "revoked": ConnectionRevoked,
+    }
+    if row.deleted_at is not None:
+        raise NotFound
+    if row.status in refusals:
+        error = refusals[row.status]()
+        error.members = {"status_reason": row.status_reason} if row.status_reason is not None else {}
+        raise error
+    if row.status != "active":
+        raise Conflict("the connection is in error; see status_reason")
+
+
+def require_pinned(row: Connection, configured: Configured) -> None:
+    """Raise OriginChanged when a place that the credential goes to is not the one it was made with.
+
+    A host that the provider's file gained later changes nothing: it is not pinned, so nothing is sent there.
+    """
+    current = configured.endpoints.origins
+    moved = any(name in current and current[name] != origin for name, origin in row.pins.items())
+    if moved or ("token" in current and "token" not in row.pins):
+        raise OriginChanged
