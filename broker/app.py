@@ -57,7 +57,7 @@ from broker.errors import (
     PayloadTooLarge,
     UnsupportedMediaType,
 )
-from broker.health import readiness
+from broker.health import cached_readiness
 from broker.integrations import Integrations
 from broker.limits import AddressLimiter
 from broker.models import new_id
@@ -163,7 +163,7 @@ def _assembled(
         sessions=Sessions(database, audit),
         credentials=credentials,
         confirmations=confirmations,
-        flows=Flows(database, vault, sealer, egress, integrations, confirmations, audit, settings),
+        flows=Flows(database, vault, sealer, egress, integrations, confirmations, audit, settings, metrics),
         connections=Connections(database, vault, credentials, integrations, audit, metrics),
         metrics=metrics,
         limiter=AddressLimiter(BROWSER_RATES),
@@ -177,6 +177,7 @@ def _assembled(
 def create_app(parts: Parts) -> ASGIApp:
     """Return the application over opened parts: routes of the configured groups behind ``Edge``."""
     handlers: list[Any] = [live, ready]
+    readiness = cached_readiness(parts.database, parts.vault, parts.audit)
     groups = parts.settings.routes
     if "public" in groups:
         handlers += [broker.oauth.routes.routes(), broker.web.routes.routes()]
@@ -195,7 +196,7 @@ def create_app(parts: Parts) -> ASGIApp:
             HTTPException: _answer_foreign,
             Exception: _answer_defect,
         },
-        state=State({"parts": parts}, deep_copy=False),
+        state=State({"parts": parts, "readiness": readiness}, deep_copy=False),
         openapi_config=_openapi() if "admin" in groups else None,
         logging_config=None,
         request_max_body_size=MAX_BODY_BYTES,
@@ -270,9 +271,8 @@ async def live() -> dict[str, str]:
 
 @get("/health/ready", tags=["health"])
 async def ready(state: State) -> Response[dict[str, Any]]:
-    """Say whether every part works; each failing part is named."""
-    parts: Parts = state.parts
-    failing = await readiness(parts.database, parts.vault, parts.audit)
+    """Say whether every part works, as of a second ago at most; each failing part is named."""
+    failing = await state.readiness()
     body = {"status": "ready" if not failing else "not_ready", "failing": failing}
     return Response(body, status_code=503 if failing else 200, headers={"Cache-Control": "no-store"})
 
@@ -280,7 +280,7 @@ async def ready(state: State) -> Response[dict[str, Any]]:
 @get("/metrics", media_type="text/plain", tags=["health"])
 async def metrics(state: State) -> Response[bytes]:
     """Prometheus metrics."""
-    return Response(render(state.parts.metrics), media_type="text/plain; version=0.0.4; charset=utf-8")
+    return Response(render(state.parts.metrics), media_type="text/plain; version=0.0.4")
 
 
 # Errors: the one place that makes a response of them

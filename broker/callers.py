@@ -398,10 +398,22 @@ def _look_up(session: Session, parsed: ParsedKey) -> tuple[Principal, bool] | No
     moment = now(session)
     if not _is_live(key, moment) or not _is_ahead(caller.expires_at, moment):
         return None
-    principal = Principal(
-        caller.id, caller.name, frozenset(_known_roles(caller.roles)), tuple(_readable(caller.grants)), key.id
-    )
-    return principal, key.last_used_at is None or moment - key.last_used_at >= LAST_USED_SECONDS
+    return _principal(caller, key_id=key.id), key.last_used_at is None or moment - key.last_used_at >= LAST_USED_SECONDS
+
+
+def standing(session: Session, caller_id: str) -> Principal | None:
+    """Return what a caller may do now, whoever asks; None when it is gone, expired, or has no live key any more."""
+    caller = session.get(Caller, caller_id)
+    keys = session.exec(select(CallerKey).where(CallerKey.caller_id == caller_id)).all()
+    moment = now(session)
+    if caller is None or not _is_ahead(caller.expires_at, moment) or not any(_is_live(key, moment) for key in keys):
+        return None
+    return _principal(caller, key_id="")
+
+
+def _principal(caller: Caller, *, key_id: str) -> Principal:
+    grants = tuple(_readable(caller.grants))
+    return Principal(caller.id, caller.name, frozenset(_known_roles(caller.roles)), grants, key_id)
 
 
 def _known_roles(stored: Iterable[str]) -> Iterator[Role]:

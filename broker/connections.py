@@ -5,10 +5,12 @@ Order of every hand-out: who may → is it usable → a fresh token → a durabl
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +22,7 @@ from sqlmodel import Session, col, select
 from broker import policy
 from broker.audit import Audit, Entry
 from broker.credentials import Credentials, Handout, LeaseLost, Revoked, require_lease, secret_owner
+from broker.credentials.usable import require_usable
 from broker.database import Database, now
 from broker.egress import Egress
 from broker.errors import (
@@ -43,9 +46,14 @@ from providers.spec import Credential
 
 STATUSES = frozenset({"pending", "active", "reauthorization_required", "frozen", "revoked", "error"})
 TOUCH_SECONDS = 60.0
+SMALLEST_BATCH = 200
+MOST_EXAMINED = 2_000
+MOST_PUSHED = 500
+RECHECK_SECONDS = 0.5
 RACES = 3
 MOST_TAGS = 64
 LARGEST_METADATA = 16_384
+Position = tuple[float, str]
 log = structlog.get_logger()
 
 
@@ -57,7 +65,7 @@ class Filter:
     subject: str | None = None
     status: str | None = None
     tag: tuple[str, str] | None = None
-    before: tuple[float, str] | None = None
+    before: Position | None = None
     limit: int = 50
 
 
@@ -80,6 +88,15 @@ class _Imported:
     value: Mapping[str, Any] = field(repr=False)
     token_expires_at: float | None = None
     scopes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Asking:
+    """Who asks for a token and why; ``recheck`` finds out anew who they are (Unauthenticated when their key is dead)."""
+
+    principal: Principal
+    recheck: Callable[[], Awaitable[Principal]] = field(repr=False)
+    reason: str | None = None
 
 
 def target_of(row: Connection) -> Target:
@@ -124,31 +141,36 @@ class Connections:
             raise NotFound
         return row, at
 
-    async def page(self, wanted: Filter, principal: Principal) -> tuple[list[Connection], bool]:
-        """Return (visible connections, newest first, whether more follow).
+    async def page(self, wanted: Filter, principal: Principal) -> tuple[list[Connection], Position | None]:
+        """Return (visible connections, newest first; where the next page begins, None at the end).
 
-        Rows outside the caller's grants are skipped without a trace; a page is filled from further rows.
+        Rows outside the caller's grants are skipped without a trace. A page is filled from further rows, but not from
+        more than about ``MOST_EXAMINED`` of them: then it is short, or empty, although more may follow.
         """
         found: list[Connection] = []
-        before = wanted.before
+        before, examined, batch = wanted.before, 0, wanted.limit + 1
         while True:
-            rows = await self._rows(wanted, before, wanted.limit + 1)
-            found += [row for row in rows if policy.visible(principal, target_of(row))]
-            if len(found) > wanted.limit or len(rows) <= wanted.limit:
-                return found[: wanted.limit], len(found) > wanted.limit
-            before = (rows[-1].created_at, rows[-1].id)
+            rows = await self._rows(wanted, principal, before, batch)
+            found += [row for row in rows if _fits(wanted, row) and policy.visible(principal, target_of(row))]
+            if len(found) > wanted.limit:
+                return found[: wanted.limit], _position(found[wanted.limit - 1])
+            if len(rows) < batch:
+                return found, None
+            before, examined, batch = _position(rows[-1]), examined + batch, max(batch, SMALLEST_BATCH)
+            if examined >= MOST_EXAMINED:
+                return found, before
+            await asyncio.sleep(0)  # SQLite reads on the loop: others are served between two batches
 
-    async def _rows(self, wanted: Filter, before: tuple[float, str] | None, limit: int) -> list[Connection]:
-        query = select(Connection).where(col(Connection.deleted_at).is_(None))
+    async def _rows(
+        self, wanted: Filter, principal: Principal, before: Position | None, limit: int
+    ) -> list[Connection]:
+        query = select(Connection).where(col(Connection.deleted_at).is_(None), *_reachable(principal))
         if wanted.integration is not None:
             query = query.where(Connection.integration == wanted.integration)
         if wanted.subject is not None:
             query = query.where(Connection.subject == wanted.subject)
         if wanted.status is not None:
             query = query.where(Connection.status == wanted.status)
-        if wanted.tag is not None:
-            key, value = wanted.tag
-            query = query.where(col(Connection.tags)[key].as_string() == value)
         if before is not None:
             query = query.where(sa.tuple_(col(Connection.created_at), col(Connection.id)) < before)
         query = query.order_by(col(Connection.created_at).desc(), col(Connection.id).desc()).limit(limit)
@@ -156,22 +178,30 @@ class Connections:
 
     # Handing out
 
-    async def token(self, connection_id: str, ask: Ask, principal: Principal, reason: str | None) -> Handout:
-        """Return a fresh token, after its hand-out is durably audited (AuditUnavailable otherwise: nothing leaves)."""
+    async def token(self, connection_id: str, ask: Ask, asking: Asking) -> Handout:
+        """Return a fresh token, after its hand-out is durably audited (AuditUnavailable otherwise: nothing leaves).
+
+        Where that took over ``RECHECK_SECONDS``, who asks and what they may is found out once more before it leaves.
+        """
         row, at = await self._row(connection_id)
+        await self._require_token(row, asking.principal)
+        return await self._hand_out(row, at, ask, asking)
+
+    async def _require_token(self, row: Connection, principal: Principal) -> None:
         try:
             policy.require(principal, "token", target_of(row))
         except (Forbidden, NotFound):
-            # an audit that fails must not tell "outside" from "absent"
-            with contextlib.suppress(AuditUnavailable):
-                await self._audit.record(_entry("connection.token", row, principal, outcome="denied"))
+            await self._note_denied(_entry("connection.token", row, principal, outcome="denied"))
             raise
-        return await self._hand_out(row, at, ask, principal, reason)
 
-    async def token_for(
-        self, integration: str, subject: str, ask: Ask, principal: Principal, reason: str | None
-    ) -> Handout:
+    async def _note_denied(self, entry: Entry) -> None:
+        # an audit that fails must not tell "outside" from "absent"
+        with contextlib.suppress(AuditUnavailable):
+            await self._audit.record(entry)
+
+    async def token_for(self, integration: str, subject: str, ask: Ask, asking: Asking) -> Handout:
         """As ``token``, finding the connection of (integration, subject); AmbiguousConnection when several fit."""
+        principal = asking.principal
         query = select(Connection).where(
             Connection.integration == integration,
             Connection.subject == subject,
@@ -185,30 +215,41 @@ class Connections:
         found = await self._database.read(work)
         rows = [row for row in found if policy.allowed(principal, "token", target_of(row))]
         if not rows:
-            if any(policy.inside(principal, target_of(row)) for row in found):
-                raise Forbidden
+            nearest = next((row for row in found if policy.inside(principal, target_of(row))), None)
+            for row in [nearest] if nearest is not None else found:
+                await self._require_token(row, principal)
             policy.require(principal, "token", Target(integration, subject, {}))
             raise NotFound
         usable = [row for row in rows if row.status == "active"] or rows
         if len(usable) > 1:
             raise AmbiguousConnection
-        return await self.token(usable[0].id, ask, principal, reason)
+        return await self.token(usable[0].id, ask, asking)
 
-    async def _hand_out(
-        self, row: Connection, at: float, ask: Ask, principal: Principal, reason: str | None
-    ) -> Handout:
+    async def _hand_out(self, row: Connection, at: float, ask: Ask, asking: Asking) -> Handout:
+        began = time.monotonic()
+        principal = asking.principal
         try:
             configured = await self._integrations.configured(row.integration)
             handout = await self._credentials.fresh(row, configured, ask, at)
+            if time.monotonic() - began > RECHECK_SECONDS:
+                row, principal = await self._rechecked(row.id, asking)
         except BrokerError as error:
             self._metrics.handout(error.code)
             raise
         detail: dict[str, Any] = {"token": self._audit.digest(handout.access_token.reveal()), "stale": handout.stale}
-        detail.update({"reason": reason} if reason else {})
+        detail.update({"reason": asking.reason} if asking.reason else {})
         await self._audit.record(_entry("connection.token", row, principal, **detail))
         self._metrics.handout("ok")
         await self._touch(row, at)
         return handout
+
+    async def _rechecked(self, connection_id: str, asking: Asking) -> tuple[Connection, Principal]:
+        """Return row and caller as they are now: a refresh takes long enough for either to be gone or frozen."""
+        principal = await asking.recheck()
+        row, _ = await self._row(connection_id)
+        await self._require_token(row, principal)
+        require_usable(row)
+        return row, principal
 
     async def identity_check(self, name: str, egress: Egress, principal: Principal) -> dict[str, Any] | None:
         """Make the provider's identity call with the newest active connection of an integration, if there is one.
@@ -366,8 +407,13 @@ class Connections:
 
         return await self._database.transaction(work)
 
-    async def delete(self, connection_id: str, principal: Principal, *, revoke: bool) -> Revoked:
-        """Delete a connection: gone for everybody at once, then revoked at the provider, then its secret destroyed."""
+    async def delete(
+        self, connection_id: str, principal: Principal, *, revoke: bool, session_id: str | None = None
+    ) -> Revoked:
+        """Delete a connection: gone for everybody at once, then revoked at the provider, then its secret destroyed.
+
+        ``session_id``: whose owner asked for it at the connect page, for the audit.
+        """
         row, _ = await self._row(connection_id)
         policy.require(principal, "manage", target_of(row))
 
@@ -379,10 +425,42 @@ class Connections:
             )
             if session.execute(gone).rowcount != 1:  # type: ignore[attr-defined]
                 raise NotFound
-            self._audit.append(session, _entry("connection.deleted", row, principal, revoke=revoke))
+            by = {"session_id": session_id} if session_id is not None else {}
+            self._audit.append(session, _entry("connection.deleted", row, principal, revoke=revoke, **by))
 
         await self._database.transaction(work)
         return await self._credentials.dispose(connection_id)
+
+
+def _position(row: Connection) -> Position:
+    return row.created_at, row.id
+
+
+def _fits(wanted: Filter, row: Connection) -> bool:
+    """Whether a row has the wanted tag: looked at here, because no index serves it and rows looked at are bounded."""
+    return wanted.tag is None or row.tags.get(wanted.tag[0]) == wanted.tag[1]
+
+
+def _reachable(principal: Principal) -> list[sa.ColumnElement[bool]]:
+    """Return conditions that leave out rows that no grant can reach; ``policy.visible`` has the last word (pure)."""
+    if not principal.roles.isdisjoint({"admin", "auditor"}):
+        return []
+    grants = [grant for grant in principal.grants if "read" in grant.may] if "service" in principal.roles else []
+    conditions: list[sa.ColumnElement[bool]] = []
+    integrations = _pushed(grant.integrations for grant in grants)
+    if integrations is not None:
+        # an expression, so that a long list of integrations is not gathered by its index and then sorted
+        column = col(Connection.integration)
+        several = sa.func.coalesce(column, "").in_(integrations)
+        conditions.append(several if len(integrations) > 1 else column.in_(integrations))
+    subjects = _pushed(grant.subjects if grant.subjects is not None else ("*",) for grant in grants)
+    return conditions if subjects is None else [*conditions, col(Connection.subject).in_(subjects)]
+
+
+def _pushed(lists: Iterable[Sequence[str]]) -> list[str] | None:
+    """Return all exact values that any list names, None when they say too little or are too many for a query."""
+    values = sorted({value for one in lists for value in one})
+    return None if len(values) > MOST_PUSHED or any("*" in value for value in values) else values
 
 
 def check_import(credentials: Mapping[str, Any], types: Sequence[str]) -> _Imported:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+import math
 import time
 from collections.abc import Awaitable, Callable
 
@@ -16,6 +18,7 @@ from broker.vault import SecretNotFound, SecretUnreadable, Vault
 PROBED_OWNER = "health/probe"
 PATIENCE_SECONDS = 3.0
 MOST_SKEW_SECONDS = 300.0
+BELIEVED_SECONDS = 1.0
 
 
 async def readiness(database: Database, vault: Vault, audit: Audit) -> dict[str, str]:
@@ -34,6 +37,24 @@ async def readiness(database: Database, vault: Vault, audit: Audit) -> dict[str,
     return {name: verdict for name, verdict in zip(checks, verdicts, strict=True) if verdict is not None}
 
 
+def cached_readiness(database: Database, vault: Vault, audit: Audit) -> Callable[[], Awaitable[dict[str, str]]]:
+    """Return ``readiness`` with a memory of a second: anybody may ask, and an answer takes the write lock."""
+    asking, known = asyncio.Lock(), [(-math.inf, dict[str, str]())]
+
+    async def verdict() -> dict[str, str]:
+        async with asking:
+            if time.monotonic() - known[0][0] >= BELIEVED_SECONDS:
+                known[0] = (time.monotonic(), await readiness(database, vault, audit))
+            return known[0][1]
+
+    return verdict
+
+
+@functools.cache
+def _expected_revision() -> str | None:
+    return head_revision()
+
+
 async def _bounded(check: Callable[[], Awaitable[str | None]]) -> str | None:
     try:
         async with asyncio.timeout(PATIENCE_SECONDS):
@@ -45,7 +66,7 @@ async def _bounded(check: Callable[[], Awaitable[str | None]]) -> str | None:
 
 
 async def _database(database: Database) -> str | None:
-    if await database.schema_revision() != head_revision():
+    if await database.schema_revision() != _expected_revision():
         return "the schema is not this version's; run `broker migrate`"
     await database.transaction(_nothing)
     return None

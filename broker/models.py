@@ -179,17 +179,33 @@ class Connection(SQLModel, table=True):
             sqlite_where=text("status <> 'pending' AND deleted_at IS NULL"),
             postgresql_where=text("status <> 'pending' AND deleted_at IS NULL"),
         ),
-        Index("ix_connections_created", "created_at", "id"),
+        Index(
+            "ix_connections_created",
+            "created_at",
+            "id",
+            sqlite_where=text("deleted_at IS NULL"),
+            postgresql_where=text("deleted_at IS NULL"),
+        ),
+        Index(
+            "ix_connections_deleted_at",
+            "deleted_at",
+            sqlite_where=text("deleted_at IS NOT NULL"),
+            postgresql_where=text("deleted_at IS NOT NULL"),
+        ),
+        # the time and the id too, so that a list with one filter reads in its order instead of sorting all that fits
+        Index("ix_connections_integration", "integration", "created_at", "id"),
+        Index("ix_connections_subject", "subject", "created_at", "id"),
+        Index("ix_connections_status", "status", "created_at", "id"),
     )
 
     id: str = Field(primary_key=True)
-    integration: str = Field(index=True)
+    integration: str
     provider: str
-    subject: str | None = Field(default=None, index=True)
+    subject: str | None = None
     account_id: str | None = None
     account_name: str | None = None
     account_email: str | None = None
-    status: str = Field(index=True)
+    status: str
     status_reason: str | None = None
     credential_type: str = "oauth2"
     client_id: str = ""
@@ -213,7 +229,7 @@ class Connection(SQLModel, table=True):
     created_at: float = _time(nullable=False)
     pending_until: float | None = _time(index=True)
     revoke_on_delete: bool = True
-    deleted_at: float | None = _time(index=True)
+    deleted_at: float | None = _time()
 
 
 class RefreshLease(SQLModel, table=True):

@@ -14,6 +14,7 @@ from broker.token_endpoint import TokenRefusal
 from providers.spec import Refresh
 
 FORCE_EVERY_SECONDS = 30.0
+REFUSED_EVERY_SECONDS = 5.0
 SOFT_MARGIN_SECONDS = 120.0
 MOST_RESENDS = 3
 RESEND_WAITS_SECONDS = (0.0, 15.0, 900.0)  # before each: the last one outlives an outage of a quarter of an hour
@@ -63,20 +64,32 @@ def decide(held: Held, ask: Ask, now: float) -> Literal["serve", "stale", "renew
     """Say whether to hand the token out as it is, or to renew it first.
 
     Raises NotRefreshable when a new token was demanded and there is no way to get one, ReauthorizationRequired when the
-    token is dead besides, RateLimited for a second ``force`` within 30 s, ProviderUnavailable while a failed refresh
-    has to wait and the token cannot be served meanwhile.
+    token is dead besides, RateLimited for a ``force`` within 30 s of the last refresh and for a live token that is said to
+    be refused within 5 s of it, ProviderUnavailable while a failed refresh has to wait and the token cannot be served
+    meanwhile.
     """
     demanded = ask.force or held.refused(ask)
     if not demanded and _long_enough(held, ask, now):
         return "serve"
     if not held.refreshable:
         return _without_refresh(held, now, demanded=demanded)
-    if ask.force and held.refreshed_at is not None and now - held.refreshed_at < FORCE_EVERY_SECONDS:
-        wait = FORCE_EVERY_SECONDS - (now - held.refreshed_at)
-        raise RateLimited("this connection was refreshed a moment ago", retry_after_seconds=int(wait) + 1)
+    _require_pace(held, ask, now)
     if held.not_before_at is not None and held.not_before_at > now:
         return _while_waiting(held, now, demanded=demanded)
     return "renew"
+
+
+def _require_pace(held: Held, ask: Ask, now: float) -> None:
+    """Raise RateLimited when a new token is demanded too soon after the last one came.
+
+    Who names an older token is never paced: it is handed the current one.
+    """
+    if held.refreshed_at is None or not (ask.force or (held.refused(ask) and held.live(now))):
+        return
+    every = FORCE_EVERY_SECONDS if ask.force else REFUSED_EVERY_SECONDS
+    if now - held.refreshed_at < every:
+        wait = every - (now - held.refreshed_at)
+        raise RateLimited("this connection was refreshed a moment ago", retry_after_seconds=int(wait) + 1)
 
 
 def _long_enough(held: Held, ask: Ask, now: float) -> bool:

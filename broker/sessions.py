@@ -16,11 +16,13 @@ from dataclasses import dataclass
 import sqlalchemy as sa
 from sqlmodel import Session, col
 
+from broker import policy
 from broker.audit import Audit, Entry
+from broker.callers import standing
 from broker.database import Database, now
 from broker.errors import FlowError, NotFound
 from broker.models import BrowserSession, new_id
-from broker.policy import Principal
+from broker.policy import Principal, Target
 from providers.spec import Secret
 
 TOKEN_PATTERN = re.compile(r"bst_([a-z0-9]{26})_([A-Za-z0-9_-]{43})")
@@ -131,11 +133,15 @@ class Sessions:
         return row
 
     async def _live(self, session_id: str) -> BrowserSession | None:
-        def work(session: Session) -> BrowserSession | None:
-            row = session.get(BrowserSession, session_id)
-            return row if row is not None and row.expires_at > now(session) else None
+        live = await self._database.read(lambda session: live_session(session, session_id))
+        return live[0] if live is not None else None
 
-        return await self._database.read(work)
+    async def minter(self, row: BrowserSession) -> Principal:
+        """Return who minted a session, with the grants of now (FlowError ``session_expired`` when it may nothing more)."""
+        live = await self._database.read(lambda session: live_session(session, row.id))
+        if live is None:
+            raise FlowError("session_expired")
+        return live[1]
 
     async def get(self, session_id: str) -> BrowserSession:
         """Return a session's row, live or not (NotFound)."""
@@ -143,6 +149,23 @@ class Sessions:
         if row is None:
             raise NotFound
         return row
+
+
+def live_session(session: Session, session_id: str) -> tuple[BrowserSession, Principal] | None:
+    """Return a session that is not over, with the integrations that its minter may connect now, and the minter.
+
+    None also when the minter is gone, expired or without a live key, or may connect none of them any more: a session is
+    never worth more than who made it. The row is a copy; what it says of integrations is not to be written back.
+    """
+    row = session.get(BrowserSession, session_id)
+    if row is None or row.expires_at <= now(session):
+        return None
+    minter = standing(session, row.caller_id)
+    if minter is None:
+        return None
+    names = row.integrations or ()
+    reach = [name for name in names if policy.allowed(minter, "connect", Target(name, row.subject, row.tags))]
+    return (BrowserSession(**{**row.model_dump(), "integrations": reach}), minter) if reach else None
 
 
 def _entry(row: BrowserSession, principal: Principal) -> Entry:

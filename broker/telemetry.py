@@ -37,7 +37,9 @@ HIDDEN = "[hidden]"
 LONGEST_TEXT = 2_000
 DEEPEST = 6
 SAFE_ERRORS = (BrokerError, SettingsError, ProviderAnswerError)  # their texts are written by us and quote nothing
-TRUSTED_LOGGERS = ("uvicorn.error", "alembic.runtime.migration")  # their text arguments are addresses and revisions
+SCHEMA_LOGGER = "alembic.runtime.migration"
+SCHEMA_ROUTINE = ("Context impl", "Will assume")  # said at each look at the schema, so at each readiness check
+TRUSTED_LOGGERS = ("uvicorn.error", SCHEMA_LOGGER)  # their text arguments are addresses and revisions
 QUIET_LOGGERS = ("httpx2", "httpcore2", "httpx", "httpcore", "sqlalchemy", "asyncio")  # the clients log whole URLs
 
 SECRET_WORDS = frozenset(
@@ -283,10 +285,15 @@ def _route_standard_library(lines: _Lines, first: list[Processor], last: list[Pr
     root.setLevel(level)
     for name in QUIET_LOGGERS:
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger(SCHEMA_LOGGER).addFilter(_is_news)
     for name in ("uvicorn", "uvicorn.error", "uvicorn.access"):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [], True
     logging.getLogger("uvicorn.access").setLevel(logging.CRITICAL)  # its lines hold the query; ours do not
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith(SCHEMA_ROUTINE)
 
 
 # Metrics

@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC
 from email.utils import parsedate_to_datetime
-from typing import Any, Final, Literal, NoReturn
+from typing import Any, Final, Literal, NoReturn, TypeVar
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 from authlib.common.urls import add_params_to_qs, add_params_to_uri
@@ -33,6 +33,7 @@ from providers.spec import (
     client_authentication,
 )
 
+T = TypeVar("T")
 Outcome = Literal["transient", "permanent", "client_refused", "invalid"]
 
 MAX_TOKEN_LENGTH: Final = 16 * 1024
@@ -198,7 +199,8 @@ class TokenAnswer:
     """Tokens that passed the parser. Times are seconds since 1970, on the clock that ``received_at`` was read from.
 
     ``scopes`` None: the answer names none, which means all that was asked for (RFC 6749 5.1); but where ``scopes_apply`` is
-    False, this token has no scopes at all, and so none is missing. ``id_token`` is not verified yet.
+    False, this token has no scopes at all, and so none is missing. ``id_token`` is not verified yet. ``odd`` names members
+    that were malformed and count as absent: a grant is not given up for them.
     """
 
     access_token: Secret
@@ -209,6 +211,7 @@ class TokenAnswer:
     scopes: tuple[str, ...] | None
     id_token: Secret | None
     scopes_apply: bool = True
+    odd: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,17 +290,33 @@ def _token_answer(oauth2: OAuth2, body: Mapping[str, Any], received_at: float) -
     if access_token is None:
         raise ValueError("there is no access token")
     applies = not access_token.reveal().startswith(oauth2.unscoped_prefixes)
-    lifetime, refresh_lifetime = _seconds(body.get("expires_in")), _seconds(body.get("refresh_token_expires_in"))
+    odd: list[str] = []
+    lifetime = _lenient(body, "expires_in", _seconds, odd)
+    refresh_lifetime = _lenient(body, "refresh_token_expires_in", _seconds, odd)
+    scopes = _lenient(body, "scope", lambda value: _scopes(oauth2, value), odd) if applies else None
     return TokenAnswer(
         access_token=access_token,
         token_type="Bearer",  # noqa: S106 - a kind
         expires_at=None if lifetime is None else received_at + lifetime,
         refresh_token=_token(body, "refresh_token", MAX_TOKEN_LENGTH),
         refresh_expires_at=None if refresh_lifetime is None else received_at + refresh_lifetime,
-        scopes=_scopes(oauth2, body.get("scope")) if applies else None,
+        scopes=scopes,
         id_token=_token(body, "id_token", MAX_ID_TOKEN_LENGTH) if oauth2.openid else None,
         scopes_apply=applies,
+        odd=tuple(odd),
     )
+
+
+def _lenient(body: Mapping[str, Any], name: str, read: Callable[[object], T | None], odd: list[str]) -> T | None:
+    """Read an optional member; a malformed one counts as absent, and its name is added to ``odd``.
+
+    The provider has spent the old refresh token by now: to refuse the answer would cost the grant.
+    """
+    try:
+        return read(body.get(name))
+    except ValueError:
+        odd.append(name)
+        return None
 
 
 def _token(body: Mapping[str, Any], name: str, most: int) -> Secret | None:

@@ -210,7 +210,9 @@ def _origin(url: str) -> str:
 
 def skeleton(name: str) -> str:
     """Return a provider's file to begin with, which is valid as it stands; ``ValueError`` for what cannot be a name."""
-    if not NAME.fullmatch(name) or not name.isidentifier() or name in {"authoring", "spec"}:
+    if name in {"authoring", "spec"}:
+        raise ValueError("this name is taken by a module that is no provider")
+    if not NAME.fullmatch(name) or not name.isidentifier():
         raise ValueError("a provider's name is of a-z, 0-9 and _, and begins with a letter")
     title = name.replace("_", " ").title()
     text = (Path(__file__).parent / "skeleton.txt").read_text(encoding="utf-8")

@@ -1,21 +1,33 @@
 """The docs name what there is: every error code, setting and provider, and nothing that does not exist.
 
-Each check is: what the code has == what a page has. To cover another kind of thing (routes, commands), add one line to
-``PAGES`` with the page, the pattern of its headings or rows, and the function that lists what the code has.
+Each check is: what the code has == what a page has. To cover another kind of thing, add one line to ``PAGES`` with the
+page, the pattern of its headings or rows, and the function that lists what the code has.
 """
 
 from __future__ import annotations
 
+import ast
+import asyncio
+import functools
 import re
+import tempfile
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import httpx2
 import pytest
+import typer
+from litestar import Router
 
+import broker.oauth.routes
+import broker.web.routes
+from broker.app import create_app, open_parts
+from broker.cli import main
 from broker.errors import FLOW_CODES, BrokerError, FlowError, all_codes
-from broker.settings import Settings
+from broker.settings import Settings, load_settings
 from providers import load_catalog
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,12 +58,74 @@ def _make_targets() -> set[str]:
     return set(phony.replace("\\\n", " ").split())
 
 
-# Still to come: routes (docs/api.md against the app's routes) and commands (docs/cli.md against the command tree).
+SCHEMA = "/schema/openapi.json"
+
+
+@functools.cache
+def _served_document() -> dict[str, Any]:
+    """Return the OpenAPI document as a broker with all groups of routes serves it."""
+
+    async def fetch(place: Path) -> dict[str, Any]:
+        settings = load_settings({}, directory=place, env="development", data_dir=place)
+        async with open_parts(settings) as parts:
+            transport = httpx2.ASGITransport(app=create_app(parts))  # type: ignore[arg-type] # an ASGI application
+            async with httpx2.AsyncClient(transport=transport, base_url="http://broker") as http:
+                return dict((await http.get(SCHEMA)).raise_for_status().json())
+
+    with tempfile.TemporaryDirectory() as place:
+        return asyncio.run(fetch(Path(place)))
+
+
+def _browser_routes() -> set[str]:
+    """Return what the browser's routers serve, also what the document leaves out. HEAD and OPTIONS go without saying."""
+    routers: list[Router] = [broker.oauth.routes.routes(), broker.web.routes.routes()]
+    return {
+        f"{method} {re.sub(r':[a-z]+}', '}', path)}"
+        for router in routers
+        for path, handlers in router.route_handler_method_map.items()
+        for method in {*handlers} - {"HEAD", "OPTIONS"}
+    }
+
+
+def _routes() -> set[str]:
+    paths = _served_document()["paths"].items()
+    served = {f"{method.upper()} {path}" for path, methods in paths for method in methods if method != "head"}
+    return served | _browser_routes() | {f"GET {SCHEMA}"}
+
+
+def _parameters() -> set[str]:
+    paths = _served_document()["paths"].values()
+    operations = [operation for methods in paths for operation in methods.values()]
+    return {one["name"] for operation in operations for one in operation.get("parameters", ()) if one["in"] == "query"}
+
+
+def _leaves(command: Any, *names: str) -> Iterator[tuple[str, Any]]:
+    for name, child in getattr(command, "commands", {}).items():
+        yield from _leaves(child, *names, name)
+    if not hasattr(command, "commands"):
+        yield " ".join(["broker", *names]), command
+
+
+def _command_tree() -> dict[str, Any]:
+    return dict(_leaves(typer.main.get_command(main)))
+
+
+def _options(command: Any) -> set[str]:
+    return {
+        " ".join([one.opts[0], *([one.metavar] if one.metavar else [])])
+        if one.opts[0].startswith("--")
+        else str(one.metavar)
+        for one in command.params
+    }
+
+
 PAGES = {
     "error codes": Page("docs/errors.md", r"^## (\S+)$", lambda: set(all_codes())),
     "settings": Page("docs/settings.md", r"^### (BROKER_\S+)$", _settings),
-    "client credentials": Page("docs/settings.md", r"`([A-Z]+_CLIENT_(?:ID|SECRET))`", _client_credentials),
+    "client credentials": Page("docs/settings.md", r"`([A-Z][A-Z0-9_]*_CLIENT_(?:ID|SECRET))`", _client_credentials),
     "providers": Page("docs/providers.md", r"^## (\S+)$", lambda: set(load_catalog())),
+    "routes": Page("docs/api.md", r"^\| `([A-Z]+ /\S*)` \|", _routes),
+    "commands": Page("docs/cli.md", r"^## (broker .+)$", lambda: set(_command_tree())),
 }
 
 
@@ -77,8 +151,32 @@ def test_an_emptied_page_would_be_noticed(kind: str) -> None:
     assert PAGES[kind].existing() - named(PAGES[kind].pattern, "# Nothing here\n")
 
 
+@pytest.mark.parametrize("name", _command_tree())
+def test_a_command_is_documented_with_its_options_and_no_others(name: str) -> None:
+    text = re.split(r"^# ", _sections("docs/cli.md")[name], flags=re.MULTILINE)[0]
+    assert named(r"^\| `([^`]+)` \|", text) == _options(_command_tree()[name])
+
+
+def test_every_query_parameter_is_named_in_the_page_of_the_api() -> None:
+    rows = "".join(re.findall(r"^\| `[A-Z]+ /.*$", (ROOT / "docs/api.md").read_text("utf-8"), re.MULTILINE))
+    assert {name for name in _parameters() if not re.search(rf"`\??{name}\b", rows)} == set()
+
+
+def test_the_api_page_names_every_field_of_a_body() -> None:
+    page = (ROOT / "docs/api.md").read_text("utf-8")
+    shapes = _served_document()["components"]["schemas"].items()
+    fields = {field for shape, schema in shapes if shape.endswith("Body") for field in schema.get("properties", ())}
+    assert {field for field in fields if not re.search(rf"`{field}\b", page)} == set()
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_every_python_example_is_python(path: Path) -> None:
+    for example in re.findall(r"^```python\n(.*?)^```$", path.read_text("utf-8"), re.MULTILINE | re.DOTALL):
+        assert ast.parse(example).body
+
+
 def _sections(path: str) -> dict[str, str]:
-    parts = re.split(r"^## (\S+)$", (ROOT / path).read_text("utf-8"), flags=re.MULTILINE)
+    parts = re.split(r"^## (.+)$", (ROOT / path).read_text("utf-8"), flags=re.MULTILINE)
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 

@@ -24,7 +24,8 @@ from broker.api.requests import (
     show_once,
 )
 from broker.api.sessions import Seconds, Tags, require_return_to, session_answer
-from broker.connections import STATUSES, Connections, Filter, Import
+from broker.callers import Callers
+from broker.connections import STATUSES, Asking, Connections, Filter, Import
 from broker.credentials import Handout
 from broker.errors import ConfirmationRequired, Conflict, FieldError, InvalidRequest
 from broker.models import Connection, rfc3339
@@ -143,7 +144,10 @@ async def list_connections(
     limit: FromQuery[int] = 50,
     cursor: FromQuery[str | None] = None,
 ) -> dict[str, Any]:
-    """List connections inside the caller's grants, newest first."""
+    """List connections inside the caller's grants, newest first.
+
+    A page may be short, even empty, and still have a next_cursor: so many rows are looked at for one request, no more.
+    """
     if status is not None and status not in STATUSES:
         raise InvalidRequest(errors=[FieldError("?status", "is not a status")])
     key, colon, value = (tag or "").partition(":")
@@ -157,8 +161,8 @@ async def list_connections(
         before=position_of(cursor),
         limit=checked_limit(limit),
     )
-    rows, more = await connections.page(wanted, principal)
-    return page([connection_json(row) for row in rows], (rows[-1].created_at, rows[-1].id) if more else None)
+    rows, following = await connections.page(wanted, principal)
+    return page([connection_json(row) for row in rows], following)
 
 
 @post("/connections", status_code=201, responses=problems(403, 404, 409, 413, 415, 502, 504))
@@ -231,11 +235,12 @@ async def hand_out(
     request: AnyRequest,
     principal: NamedDependency[Principal],
     connections: NamedDependency[Connections],
+    callers: NamedDependency[Callers],
     data: JSONBody[TokenBody | None] = None,
 ) -> Response[dict[str, Any]]:
     """Hand out a fresh token."""
     body = data or TokenBody()
-    handout = await connections.token(connection_id, _ask(body), principal, body.reason)
+    handout = await connections.token(connection_id, _ask(body), _asking(request, callers, principal, body.reason))
     return token_response(request, handout)
 
 
@@ -245,10 +250,19 @@ async def find_and_hand_out(
     request: AnyRequest,
     principal: NamedDependency[Principal],
     connections: NamedDependency[Connections],
+    callers: NamedDependency[Callers],
 ) -> Response[dict[str, Any]]:
     """Hand out a fresh token of the one connection of (integration, subject)."""
-    handout = await connections.token_for(data.integration, data.subject, _ask(data), principal, data.reason)
+    asking = _asking(request, callers, principal, data.reason)
+    handout = await connections.token_for(data.integration, data.subject, _ask(data), asking)
     return token_response(request, handout)
+
+
+def _asking(request: AnyRequest, callers: Callers, principal: Principal, reason: str | None) -> Asking:
+    async def recheck() -> Principal:
+        return await callers.authenticate(request.scope["headers"])
+
+    return Asking(principal, recheck, reason)
 
 
 def _ask(body: TokenBody) -> Ask:

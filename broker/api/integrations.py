@@ -265,9 +265,9 @@ async def export_integrations(
     integrations: NamedDependency[Integrations],
     request: AnyRequest,
 ) -> dict[str, Any]:
-    """Return all integrations as one document; with a passphrase header their secrets too, sealed to it."""
+    """Return all integrations as one document; with a passphrase header (admin) their secrets too, sealed to it."""
     passphrase = _passphrase(request)
-    policy.require_role(principal, *(READERS if passphrase is None else ("operator",)))
+    policy.require_role(principal, *(READERS if passphrase is None else ()))  # secrets: an admin only
     return await export_document(integrations, passphrase, principal)
 
 

@@ -35,7 +35,7 @@ def _with_audit(work: Callable[[Audit], Awaitable[T]]) -> T:
 
     async def run() -> T:
         settings = quiet_settings()
-        require_database(settings)
+        await require_database(settings)
         keyring = load_keyring(settings)
         async with contextlib.AsyncExitStack() as stack:
             database = database_of(settings)
@@ -84,7 +84,8 @@ def verify(as_json: Json = False) -> None:  # noqa: FBT002 - a flag
         raise typer.Exit(0 if verdict.ok else 1)
     if not verdict.ok:
         fail(broken(verdict))
-    typer.echo(f"The chain is whole: {verdict.count} records, {verdict.checked_checkpoints} checkpoints.")
+    counted = f"records: {verdict.count}, checkpoints: {verdict.checked_checkpoints}"
+    typer.echo(f"The chain is whole ({counted}).")
 
 
 def broken(verdict: Verification) -> str:

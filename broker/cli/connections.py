@@ -41,8 +41,8 @@ def list_(
 
     async def work(parts: Parts) -> tuple[list[dict[str, Any]], bool]:
         wanted = Filter(integration=integration, subject=subject, status=status, limit=limit)
-        rows, more = await parts.connections.page(wanted, OPERATOR)
-        return [connection_json(row) for row in rows], more
+        rows, following = await parts.connections.page(wanted, OPERATOR)
+        return [connection_json(row) for row in rows], following is not None
 
     rows, more = with_parts(work)
     shown = rows if as_json else [{**row, "account": row["account"]["name"]} for row in rows]
@@ -64,7 +64,7 @@ def show(connection_id: ConnectionId, as_json: Json = False) -> None:  # noqa: F
 @commands.command("confirm")
 def confirm(
     connection_id: ConnectionId,
-    subject: Annotated[str, typer.Option(metavar="SUBJECT", help="Whose connection it is, such as acme:42.")],
+    subject: Annotated[str, typer.Option(metavar="SUBJECT", help="Whose connection it is, such as notes:42.")],
     code: Annotated[
         str | None,
         typer.Option(
@@ -85,7 +85,7 @@ def confirm(
 
     async def work(parts: Parts) -> dict[str, Any]:
         wanted = Confirm(connection_id, given, subject, return_to)
-        return connection_json(await parts.confirmations.confirm(wanted, OPERATOR))
+        return connection_json(await parts.confirmations.confirm(wanted, OPERATOR, without_return_to=True))
 
     show_fields(with_parts(work), ["id", "integration", "subject", "account", "status"], as_json=as_json)
 

@@ -17,6 +17,7 @@ from broker.callers import parse_key
 from broker.cli.running import Json, guarded, quiet_settings, show_done, show_rows
 from broker.egress import Egress
 from broker.integrations import parse_file
+from broker.listening import BoundedHttp
 from broker.settings import Settings, SettingsError, load_settings
 from broker.telemetry import configure_logging
 from broker.vault.keyring import load_keyring
@@ -53,7 +54,7 @@ def serve(
         host=host,
         port=port,
         workers=workers,
-        http="httptools",
+        http=BoundedHttp,
         lifespan="on",
         access_log=False,
         log_config=None,

@@ -11,7 +11,7 @@ from typing import Annotated, Any, NoReturn, TypeVar
 
 import typer
 
-from broker.app import Parts, open_parts
+from broker.app import Parts, database_of, open_parts
 from broker.database import DriverFault
 from broker.errors import BrokerError
 from broker.policy import Principal
@@ -37,7 +37,7 @@ def with_parts(work: Callable[[Parts], Awaitable[T]]) -> T:
 
     async def opened() -> T:
         settings = quiet_settings()
-        require_database(settings)
+        await require_database(settings)
         async with open_parts(settings) as parts:
             return await work(parts)
 
@@ -51,11 +51,25 @@ def quiet_settings() -> Settings:
     return settings
 
 
-def require_database(settings: Settings) -> None:
-    """Refuse to make an empty database by the way: in a wrong directory every question would get an empty answer."""
+async def require_database(settings: Settings) -> None:
+    """Refuse to make an empty database by the way: in a wrong directory every question would get an empty answer.
+
+    Raises Refused where there is no database or no schema in it, DatabaseUnavailable.
+    """
     url = settings.effective_database_url
-    path = url.removeprefix("sqlite:///")
-    if path != url and not Path(path).is_file():
+    if url.startswith("sqlite:///"):
+        _require_file(url.removeprefix("sqlite:///"))
+        return
+    database = database_of(settings)
+    try:
+        if await database.schema_revision() is None:
+            raise Refused("the database has no schema; `broker migrate` makes it")
+    finally:
+        await database.aclose()
+
+
+def _require_file(path: str) -> None:
+    if not Path(path).is_file():
         raise Refused(f"there is no database at {path}; `broker migrate` makes one")
 
 

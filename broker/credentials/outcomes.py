@@ -57,6 +57,8 @@ class Outcomes:
         self._metrics.refresh_outcome(row.provider, "ok")
         rotated = answer.refresh_token is not None and value["refresh_token"] != old_refresh_token
         log.info("refresh.stored", connection_id=row.id, provider=row.provider, version=version, rotated=rotated)
+        if answer.odd:
+            log.warning("refresh.odd_answer", connection_id=row.id, provider=row.provider, members=list(answer.odd))
         if "refresh_token" not in value:
             log.warning("refresh.no_refresh_token", connection_id=row.id, provider=row.provider)
 

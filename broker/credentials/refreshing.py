@@ -18,7 +18,7 @@ from broker.credentials.journal import Answered, Journal, SentToken, write_attem
 from broker.credentials.leases import Claimed, LeaseLost
 from broker.credentials.outcomes import Outcomes
 from broker.credentials.stored_secrets import StoredSecrets, sha256_hex
-from broker.credentials.usable import require_pinned, require_usable
+from broker.credentials.usable import require_pinned, require_same_client, require_usable
 from broker.database import Database
 from broker.egress import Egress, NotSent, OutcomeUnknown
 from broker.errors import (
@@ -150,6 +150,7 @@ class Refreshing:
         """Gather all that a refresh needs, so that nothing but the network can fail once the attempt is written."""
         configured = await self._integrations.configured(row.integration)
         require_pinned(row, configured)
+        require_same_client(row, configured)
         token = (await self._stored.open(row)).get("refresh_token")
         if token is None:
             raise ReauthorizationRequired

@@ -12,7 +12,7 @@ from broker.credentials.claims import Claims
 from broker.credentials.leases import Lease, require_lease
 from broker.credentials.outcomes import system_entry
 from broker.credentials.stored_secrets import StoredSecrets
-from broker.credentials.usable import require_pinned
+from broker.credentials.usable import require_pinned, require_same_client
 from broker.database import Database
 from broker.egress import Egress
 from broker.errors import BrokerError
@@ -50,6 +50,7 @@ class Revoking:
             return "unsupported"
         try:
             require_pinned(row, configured)
+            require_same_client(row, configured)
             credential = await self._credential(row, configured)
             kills = revocation.kills_with_refresh if credential.refresh_token is not None else revocation.kills
             if kills in {"grant", "project"} and await self._shared(row, project=kills == "project"):
@@ -109,14 +110,16 @@ class Revoking:
 def _dies_with(row: Connection, *, project: bool) -> list[sa.ColumnElement[bool]]:
     """Return the conditions of another live connection of the same account that would die with this one's grant.
 
-    Where the account of either is unknown (an import), the same subject is taken for the same account. ``project``: the
-    provider ends what was granted to the client's whole project, in which any of its integrations may be.
+    Only a flow proves an account: what an import says of its account could keep a stranger's grant alive. Where the account
+    of either is unknown, the same subject is taken for the same account. ``project``: the provider ends what was granted to
+    the client's whole project, in which any of its integrations may be.
     """
-    unknown = col(Connection.subject) == row.subject
+    proven = (col(Connection.account_id) == row.account_id) & col(Connection.flow_id).is_not(None)
+    unknown = (col(Connection.subject) == row.subject) & (col(Connection.status) != "pending")
     if row.account_id is not None:
         unknown &= col(Connection.account_id).is_(None)
     same = [
-        (col(Connection.account_id) == row.account_id) | unknown,
+        proven | unknown,
         col(Connection.id) != row.id,
         col(Connection.deleted_at).is_(None),
         col(Connection.status) != "revoked",

@@ -1,4 +1,4 @@
-"""Whether a connection may be used: its row read anew, its status, and the places that its credential is pinned to."""
+"""Whether a connection may be used: its row read anew, its status, and what its credential is pinned to."""
 
 from __future__ import annotations
 
@@ -58,3 +58,12 @@ def require_pinned(row: Connection, configured: Configured) -> None:
     moved = any(name in current and current[name] != origin for name, origin in row.pins.items())
     if moved or ("token" in current and "token" not in row.pins):
         raise OriginChanged
+
+
+def require_same_client(row: Connection, configured: Configured) -> None:
+    """Raise OriginChanged when the integration is another client by now than the one that the grant was given to.
+
+    The provider answers ``invalid_grant`` to a refresh token of another client, which would end the connection for good.
+    """
+    if configured.row.client_id != row.client_id:
+        raise OriginChanged("the integration's client_id changed since this connection was made")

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import ipaddress
 import socket
 import ssl
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Final, Literal, TypeAlias
+from typing import Any, Final, Literal, TypeAlias
 
 import httpcore2
 import httpx2
@@ -23,6 +22,7 @@ from broker.settings import Network, Settings, SettingsError
 Resolve: TypeAlias = Callable[[str, int], Awaitable[list[str]]]
 MAX_ADDRESSES: Final = 8
 DNS_SECONDS: Final = 5.0
+DNS_THREADS_PER_NAME: Final = 8
 CONNECT_TRY_SECONDS: Final = 2.0
 
 
@@ -131,14 +131,77 @@ def _pinned(entries: Iterable[str]) -> dict[tuple[str, int], tuple[str, ...]]:
 
 
 def system_resolver(threads: ThreadPoolExecutor) -> Resolve:
-    """Return the system's resolver, run in ``threads``; it raises ``OSError`` when a name does not resolve."""
+    """Return the system's resolver, run in ``threads``; it raises ``OSError`` when a name does not resolve.
+
+    A name has at most 8 threads, each taken until it really returns, whoever still waits for it: one name server that hangs
+    leaves the others to the other names. Raises NotSent at once when all 8 hang; waits while they may yet answer.
+    """
+    names: dict[str, _Lookups] = {}
 
     async def resolve(host: str, port: int) -> list[str]:
-        ask = functools.partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
-        rows = await asyncio.get_running_loop().run_in_executor(threads, ask)
-        return [str(row[4][0]) for row in rows]
+        lookups = names.setdefault(host, _Lookups())
+        lookups.users += 1
+        try:
+            return await lookups.ask(threads, host, port)
+        finally:
+            lookups.users -= 1
+            for name in [name for name, one in names.items() if one.idle()]:
+                del names[name]
 
     return resolve
+
+
+class _Lookups:
+    """The lookups of one name: who uses it, how many threads it has, and how many of those nobody waits for any more."""
+
+    def __init__(self) -> None:
+        self.users = 0
+        self._free = asyncio.Semaphore(DNS_THREADS_PER_NAME)
+        self._running = 0
+        self._hanging = 0
+
+    def idle(self) -> bool:
+        return self.users == self._running == 0
+
+    async def ask(self, threads: ThreadPoolExecutor, host: str, port: int) -> list[str]:
+        if self._hanging >= DNS_THREADS_PER_NAME:
+            raise NotSent("The provider's name server does not answer")
+        await self._free.acquire()
+        try:
+            lookup = threads.submit(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+        except RuntimeError:  # the threads were let go
+            self._free.release()
+            raise
+        self._running += 1
+        done = self._when_done(lookup)
+        try:
+            rows = await asyncio.shield(done)
+        except asyncio.CancelledError:
+            self._leave(lookup, done)
+            raise
+        return [str(row[4][0]) for row in rows]
+
+    def _when_done(self, lookup: Future[Any]) -> asyncio.Future[Any]:
+        """Return the lookup as the loop sees it; the thread is given back when it returns."""
+        done: asyncio.Future[Any] = asyncio.wrap_future(lookup)
+        done.add_done_callback(self._give_back)
+        return done
+
+    def _give_back(self, done: asyncio.Future[Any]) -> None:
+        self._running -= 1
+        self._free.release()
+        if not done.cancelled():
+            done.exception()  # retrieved: nobody may be waiting any more
+
+    def _leave(self, lookup: Future[Any], done: asyncio.Future[Any]) -> None:
+        """Stop waiting: a lookup that has not begun is dropped, one that runs hangs until its thread returns."""
+        if done.done() or lookup.cancel():
+            return
+        self._hanging += 1
+        done.add_done_callback(self._returned)
+
+    def _returned(self, _: asyncio.Future[Any]) -> None:
+        self._hanging -= 1
 
 
 # --- One request's way out.

@@ -7,12 +7,14 @@ connections pin the origins they were made with (``origins_of``), and only a reb
 
 from __future__ import annotations
 
+import asyncio
+import copy
 import json
 import math
 import re
 import time
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +28,7 @@ from broker.audit import Audit, Entry
 from broker.database import Database, now
 from broker.egress import Egress
 from broker.errors import (
+    BrokerError,
     Conflict,
     FieldError,
     Forbidden,
@@ -39,12 +42,14 @@ from broker.integrations.config import (
     NAME_PATTERN,
     Endpoints,
     IntegrationConfig,
+    endpoint_fields,
+    has_endpoints,
     merge_patch,
     parse_config,
     scope_problems,
     static_endpoints,
 )
-from broker.models import ClientSecret, Connection, Integration, IntegrationLog, new_id
+from broker.models import AuditRecord, ClientSecret, Connection, Integration, IntegrationLog, new_id
 from broker.policy import Principal
 from broker.settings import Settings, SettingsError
 from broker.token_endpoint import Client, discovery_url, parse_discovery
@@ -53,9 +58,11 @@ from providers.spec import OAuth2, Provider, Secret
 
 DISCOVERY_SECONDS = 3600.0
 REFETCH_SECONDS = 10.0
+FAILED_SECONDS = 15.0
 TEST_SECONDS = 120.0
 MOST_SECRETS = 10
 MOST_INTEGRATIONS = 10_000
+MOST_TIMED = 10_000
 NO_PROVIDER = "the integration's provider is not in this version's catalog"
 RESERVED_NAMES = frozenset({"export", "import"})
 Status = Literal["configuring", "testing", "active", "inactive", "error"]
@@ -142,6 +149,8 @@ class Integrations:
         self.catalog = catalog
         self._discovered: dict[str, tuple[float, Mapping[str, Any]]] = {}
         self._refetched_at: dict[str, float] = {}
+        self._fetching: dict[str, asyncio.Lock] = {}
+        self._failed: dict[str, tuple[float, BrokerError]] = {}
 
     # Reading
 
@@ -212,13 +221,36 @@ class Integrations:
         known = self._discovered.get(issuer)
         if known is not None and time.monotonic() - known[0] < DISCOVERY_SECONDS:
             return known[1]
-        document = await self._egress.get_json(discovery_url(issuer))
-        try:
-            found = parse_discovery(document, issuer=issuer, development=self._settings.development)
-        except ValueError:
-            raise UpstreamInvalid("the provider's discovery document is not valid") from None
-        self._discovered[issuer] = (time.monotonic(), found)
-        return found
+
+        async def fetch() -> Mapping[str, Any]:
+            document = await self._egress.get_json(discovery_url(issuer))
+            try:
+                return parse_discovery(document, issuer=issuer, development=self._settings.development)
+            except ValueError:
+                raise UpstreamInvalid("the provider's discovery document is not valid") from None
+
+        return await self._fetched(issuer, fetch)
+
+    async def _fetched(self, url: str, fetch: Callable[[], Awaitable[Mapping[str, Any]]]) -> Mapping[str, Any]:
+        """Fetch a document, one at a time for a URL; who waited takes what came, and a failure stands for 15 seconds.
+
+        Anybody may begin a flow: a provider that is dead must not keep a dial and a resolver's thread for each of them.
+        """
+        asked_at = time.monotonic()
+        async with self._fetching.setdefault(url, asyncio.Lock()):
+            failed = self._failed.get(url)
+            if failed is not None and time.monotonic() - failed[0] < FAILED_SECONDS:
+                raise copy.copy(failed[1])
+            known = self._discovered.get(url)
+            if known is not None and known[0] > asked_at:
+                return known[1]
+            try:
+                document = await fetch()
+            except BrokerError as error:
+                self._failed[url] = (time.monotonic(), copy.copy(error))
+                raise
+            self._discovered[url] = (time.monotonic(), document)
+            return document
 
     async def jwks(self, url: str, *, again: bool = False) -> Mapping[str, Any]:
         """Return a provider's signing keys, fetched at most once an hour; ``again``: and anew, every 10 seconds at most."""
@@ -229,21 +261,25 @@ class Integrations:
                 return known[1]
         if again:
             self._refetched_at[url] = time.monotonic()
-        document = await self._egress.get_json(url)
-        if not isinstance(document, Mapping) or not isinstance(document.get("keys"), list):
-            raise UpstreamInvalid("the provider's keys are not valid")
-        self._discovered[url] = (time.monotonic(), document)
-        return document
 
-    async def client(self, configured: Configured) -> Client:
-        """Return the OAuth client with its live secrets, newest first."""
+        async def fetch() -> Mapping[str, Any]:
+            document = await self._egress.get_json(url)
+            if not isinstance(document, Mapping) or not isinstance(document.get("keys"), list):
+                raise UpstreamInvalid("the provider's keys are not valid")
+            return document
+
+        return await self._fetched(url, fetch)
+
+    async def client(self, configured: Configured, *, only: Collection[str] | None = None) -> Client:
+        """Return the OAuth client with its live secrets, newest first; with ``only``, just those of these ids."""
         name = configured.row.name
 
         def work(session: Session) -> list[str]:
             found = select(ClientSecret.id).where(ClientSecret.integration == name)
             return list(session.exec(_newest_first(found)))
 
-        secrets = [await self._client_secret(name, secret_id) for secret_id in await self._database.read(work)]
+        live = [found for found in await self._database.read(work) if only is None or found in only]
+        secrets = [await self._client_secret(name, secret_id) for secret_id in live]
         return Client(configured.row.client_id, tuple(secrets), configured.endpoints.client_auth)
 
     async def _client_secret(self, name: str, secret_id: str) -> Secret:
@@ -256,12 +292,17 @@ class Integrations:
     # Writing
 
     async def create(self, draft: Draft, actor: Principal | None) -> View:
-        """Make an integration (InvalidRequest, Conflict when the name is taken). ``actor`` None: the system itself."""
+        """Make an integration (InvalidRequest, Conflict when the name is taken). ``actor`` None: the system itself.
+
+        Forbidden: only an admin may override endpoints of a provider that has its own, or give a name that was deleted
+        once endpoints anew.
+        """
         self.check(draft, actor)
         provider = self.catalog[draft.provider or ""]
         stored = await self._stored(draft.name, draft.client_secret)
 
         def work(session: Session) -> None:
+            _require_unused(session, draft, actor)
             at = now(session)
             row = Integration(
                 name=draft.name,
@@ -281,26 +322,37 @@ class Integrations:
 
         try:
             await self._database.transaction(work)
+        except Forbidden:
+            await self._discard(draft.name, stored)
+            raise
         except IntegrityError:
             await self._discard(draft.name, stored)
             raise Conflict("an integration of this name exists") from None
         return await self.get(draft.name)
 
     def check(self, draft: Draft, actor: Principal | None) -> None:
-        """Raise what stands against making this integration: InvalidRequest by field, Forbidden."""
-        self._checked(draft, merge_patch({}, draft.config or {}))
-        _require_admin(actor, before={}, after=merge_patch({}, draft.config or {}), exists=False)
+        """Raise what stands against making this integration: InvalidRequest by field, Forbidden.
 
-    def check_change(self, draft: Draft, row: Integration | None, actor: Principal) -> None:
+        Whether the name was used before is not checked here.
+        """
+        config = merge_patch({}, draft.config or {})
+        self._checked(draft, config)
+        _require_admin(actor, before={}, after=config)
+        if has_endpoints(self.catalog[draft.provider or ""]):
+            _require_admin_for_endpoints(actor, before={}, after=config)
+
+    async def check_change(self, draft: Draft, row: Integration | None, actor: Principal) -> None:
         """Raise what stands against making a whole integration, or against making ``row`` equal to it."""
         if row is None:
             self.check(draft, actor)
+            await self._database.read(lambda session: _require_unused(session, draft, actor))
             return
         config = merge_patch({}, draft.config or {})
         if draft.provider != row.provider:
             raise InvalidRequest(errors=[FieldError("/provider", "cannot be changed")])
         self._checked(draft, config)
-        _require_admin(actor, before=row.config, after=config, exists=True)
+        _require_admin(actor, before=row.config, after=config)
+        _require_admin_for_endpoints(actor, before=row.config, after=config)
 
     def _checked(self, draft: Draft, config: Mapping[str, Any]) -> None:
         problems = list(scope_problems(draft.scopes)) if draft.scopes is not None else []
@@ -329,7 +381,8 @@ class Integrations:
             row = self._changeable(session, draft)
             before, config = dict(row.config), merge_patch(row.config, draft.config or {})
             self._checked(replace(draft, provider=row.provider), config)
-            _require_admin(actor, before=before, after=config, exists=True)
+            _require_admin(actor, before=before, after=config)
+            _require_admin_for_endpoints(actor, before=before, after=config)
             for name, value in {**changed, "config": config, "updated_at": now(session), "test_error": None}.items():
                 setattr(row, name, value)
             session.flush()
@@ -464,7 +517,7 @@ class Integrations:
     # Pinning
 
     async def rebind(self, name: str, actor: Principal) -> int:
-        """Pin all connections of an integration to its endpoints as they are now; return how many moved."""
+        """Pin all connections of an integration to its endpoints and its client as they are now; return how many moved."""
         if "admin" not in actor.roles:
             raise Forbidden("only an admin may change where credentials go")
         configured = await self.configured(name)
@@ -472,9 +525,10 @@ class Integrations:
 
         def work(session: Session) -> int:
             rows = list(session.exec(select(Connection).where(Connection.integration == name)))
-            moved = [row for row in rows if row.pins != origins]
+            client_id = configured.row.client_id
+            moved = [row for row in rows if (row.pins, row.client_id) != (origins, client_id)]
             for row in moved:
-                row.pins = dict(origins)
+                row.pins, row.client_id = dict(origins), client_id
             session.flush()
             self._audit.append(session, _entry("integration.rebound", actor, name, connections=len(moved)))
             return len(moved)
@@ -515,10 +569,22 @@ class Integrations:
             view = await self.get(draft.name)
         if view.row.provider != draft.provider:  # else its secret would go to another provider's endpoints
             raise SettingsError(f"{setting}: the integration {draft.name} exists and belongs to another provider")
+        if draft.client_secret is not None and not await self._may_take(view, draft):
+            raise SettingsError(
+                f"{setting}: the integration {draft.name} has other endpoints than the settings say; its client secret "
+                "would go there. An admin puts them right through the API"
+            )
         if draft.client_id and view.row.client_id != draft.client_id:
             await self.update(Draft(draft.name, client_id=draft.client_id), None)
         if draft.client_secret is not None:
             await self.add_secret(draft.name, draft.client_secret, None, source=source)
+
+    async def _may_take(self, view: View, draft: Draft) -> bool:
+        """Whether a secret of the settings would go where the settings say, or is live there already."""
+        if endpoint_fields(view.row.config) == endpoint_fields(draft.config or {}):
+            return True
+        digest = self._audit.digest(draft.client_secret.reveal()) if draft.client_secret is not None else ""
+        return any(row.value_digest == digest for row in await self.secrets(draft.name))
 
     async def _create_once(self, draft: Draft, setting: str) -> None:
         try:
@@ -535,8 +601,9 @@ class Integrations:
         return f"{self._settings.public_url}/oauth/{name}/callback"
 
     async def begin_test(self, name: str) -> None:
-        """Show the status ``testing`` for at most two minutes (NotFound)."""
+        """Show the status ``testing`` for at most two minutes (NotFound). What failed lately is tried anew."""
         await self.get(name)
+        self._failed.clear()
         mine = sa.update(Integration).where(col(Integration.name) == name)
         await self._database.transaction(
             lambda session: session.execute(mine.values(testing_until=now(session) + TEST_SECONDS))
@@ -581,29 +648,33 @@ class Integrations:
         return await self._database.read(lambda session: list(session.exec(query)))
 
     async def metrics(self, name: str, *, window_seconds: float) -> dict[str, Any]:
-        """Return totals over all replicas in the last ``window_seconds`` (NotFound)."""
+        """Return totals over all replicas in the last ``window_seconds`` (NotFound).
+
+        The 95th percentile is that of the newest ``MOST_TIMED`` lines with a duration.
+        """
         await self.get(name)
 
-        def work(session: Session) -> list[IntegrationLog]:
-            since = now(session) - window_seconds
-            query = select(IntegrationLog).where(IntegrationLog.integration == name, col(IntegrationLog.at) >= since)
-            return list(session.exec(query.order_by(col(IntegrationLog.id).desc()).limit(100_000)))
+        def work(session: Session) -> dict[str, Any]:
+            fitting = (col(IntegrationLog.integration) == name, col(IntegrationLog.at) >= now(session) - window_seconds)
+            failed = sa.func.sum(sa.case((col(IntegrationLog.level) == "error", 1), else_=0))
+            duration, last = col(IntegrationLog.duration_ms), sa.func.max(IntegrationLog.at)
+            figures = sa.select(sa.func.count(), failed, sa.func.avg(duration), last).where(*fitting)
+            total, failures, mean, last_at = session.execute(figures).one()
+            timed = sa.select(duration).where(*fitting, duration.is_not(None)).order_by(col(IntegrationLog.id).desc())
+            return {
+                "total": total,
+                "success_rate": (total - failures) / total if total else None,
+                "mean_latency_ms": mean,
+                "p95_latency_ms": percentile_95(session.execute(timed.limit(MOST_TIMED)).scalars().all()),
+                "last_activity_at": last_at,
+            }
 
-        return summary(await self._database.read(work))
+        return await self._database.read(work)
 
 
-def summary(lines: Sequence[IntegrationLog]) -> dict[str, Any]:
-    """Return total, success rate, mean and 95th percentile latency and last activity of log lines (pure)."""
-    timed = sorted(line.duration_ms for line in lines if line.duration_ms is not None)
-    rank = math.ceil(len(timed) * 0.95)  # nearest rank
-    good = sum(1 for line in lines if line.level != "error")
-    return {
-        "total": len(lines),
-        "success_rate": good / len(lines) if lines else None,
-        "mean_latency_ms": sum(timed) / len(timed) if timed else None,
-        "p95_latency_ms": timed[rank - 1] if timed else None,
-        "last_activity_at": max((line.at for line in lines), default=None),
-    }
+def percentile_95(durations: Sequence[float]) -> float | None:
+    """Return the 95th percentile by nearest rank, None of nothing (pure)."""
+    return sorted(durations)[math.ceil(len(durations) * 0.95) - 1] if durations else None
 
 
 def parse_file(path: Path) -> list[Draft]:
@@ -659,16 +730,34 @@ def default_scopes(provider: Provider | None) -> tuple[str, ...]:
     return provider.oauth2.default_scopes if provider is not None and provider.oauth2 is not None else ()
 
 
-def _require_admin(
-    actor: Principal | None, *, before: Mapping[str, Any], after: Mapping[str, Any], exists: bool
+def _require_unused(session: Session, draft: Draft, actor: Principal | None) -> None:
+    """Raise Forbidden when an operator gives a name that was deleted once endpoints of their own.
+
+    Callers' grants, sessions and links still name it, and who holds them relies on where it led.
+    """
+    if not endpoint_fields(draft.config or {}):
+        return
+    once = select(AuditRecord.number).where(
+        AuditRecord.action == "integration.deleted",
+        sa.func.coalesce(AuditRecord.integration, "") == draft.name,  # no index: the few of that action are searched
+    )
+    if session.exec(once.limit(1)).first() is not None:
+        _require_admin_for_endpoints(actor, before={}, after=draft.config or {})
+
+
+def _require_admin_for_endpoints(
+    actor: Principal | None, *, before: Mapping[str, Any], after: Mapping[str, Any]
 ) -> None:
+    if actor is not None and "admin" not in actor.roles and endpoint_fields(before) != endpoint_fields(after):
+        raise Forbidden("only an admin may change where credentials go")
+
+
+def _require_admin(actor: Principal | None, *, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
     if actor is None or "admin" in actor.roles:
         return
     weaker_session = before.get("require_session", False) and not after.get("require_session", False)
     if weaker_session or after.get("confirm", "always") != before.get("confirm", "always"):
         raise Forbidden("only an admin may change what protects the flows")
-    if exists and any(before.get(name) != after.get(name) for name in ENDPOINT_FIELDS):
-        raise Forbidden("only an admin may change where credentials go")
 
 
 def _newest_first(query: Any) -> Any:  # noqa: ANN401 - a select of rows or of ids

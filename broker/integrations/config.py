@@ -82,7 +82,7 @@ class IntegrationConfig(BaseModel):
     confirm: Literal["always", "without_session"] = "always"
     confirm_seconds: float = Field(default=600, ge=1, le=86_400)
     require_session: bool = False
-    timeout_seconds: float = Field(default=10, gt=0, le=60)
+    timeout_seconds: float = Field(default=10, ge=1, le=60)  # less would cut refreshes off whose answer is lost
     retry: RetryConfig | None = None
     rate_limit: RateLimitConfig | None = None
     circuit_breaker: CircuitBreakerConfig | None = None
@@ -180,6 +180,17 @@ def static_endpoints(provider: Provider, config: IntegrationConfig, discovered: 
     auth = config.client_auth or discovered.get("client_auth") or oauth2.client_auth
     required = oauth2.callback_iss == "required" or bool(discovered.get("iss_in_callback"))
     return Endpoints(urls, hosts, issuer, cast("ClientAuth", auth), required)
+
+
+def endpoint_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what of a ``config`` says where credentials go (pure)."""
+    return {name: config[name] for name in ENDPOINT_FIELDS if config.get(name) is not None}
+
+
+def has_endpoints(provider: Provider) -> bool:
+    """Say whether a provider's file names places itself; a generic one leaves that to the integration (pure)."""
+    oauth2 = provider.oauth2 or OAuth2()
+    return bool(provider.hosts) or any(getattr(oauth2, name) for name in ("issuer", *URL_FIELDS))
 
 
 def is_scope(value: object) -> bool:

@@ -65,7 +65,7 @@ async def import_document(
     opened = await _opened(document, passphrase, {draft.name for draft in drafts})
     known = {view.row.name: view.row for view in await integrations.every()}
     for draft in drafts:
-        integrations.check_change(draft, known.get(draft.name), principal)
+        await integrations.check_change(draft, known.get(draft.name), principal)
     for draft in drafts:
         if draft.name in known:
             await integrations.update(_replacing(draft, known[draft.name]), principal)

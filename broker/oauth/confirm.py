@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import sqlalchemy as sa
@@ -35,7 +35,7 @@ from broker.errors import (
 )
 from broker.models import Connection, Flow
 from broker.policy import Principal, Target
-from broker.sessions import same_digest
+from broker.sessions import live_session, same_digest
 from broker.vault import SecretNotFound, Vault
 
 REPEAT_SECONDS = 120.0
@@ -70,6 +70,15 @@ class Newcomer:
     pins: Mapping[str, Any]
 
 
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """What a merge has put into the vault for a connection: the opened secret, its version, and whose it must be."""
+
+    value: Mapping[str, Any] = field(repr=False)
+    version: int
+    subject: str
+
+
 class _Lost(Exception):
     """The conditional update found the flow confirmed, burnt, or claimed."""
 
@@ -84,8 +93,11 @@ class Confirmations:
         self._credentials = credentials
         self._audit = audit
 
-    async def confirm(self, wanted: Confirm, principal: Principal) -> Connection:
+    async def confirm(self, wanted: Confirm, principal: Principal, *, without_return_to: bool = False) -> Connection:
         """Return the surviving connection. Checked in order: grant, code, subject.
+
+        ``without_return_to``: a person at the command line vouches for who consented, where a flow was started with neither
+        a session nor a ``return_to`` and so nothing can tell whose browser it was. Never for what came over HTTP.
 
         Raises NotFound or Forbidden by the caller's grants, ConfirmInvalid (nothing changed), InvalidRequest when a flow
         without a session is confirmed without ``return_to`` (nothing changed), SubjectMismatch (the flow is burnt), Conflict
@@ -97,8 +109,8 @@ class Confirmations:
             return await self._connection(flow.surviving_id or "")
         if pending is None or not _code_fits(flow, pending, wanted.code, at):
             raise ConfirmInvalid
-        if not _subject_fits(flow, wanted):
-            await self.burn(flow, "subject_mismatch")
+        if not _subject_fits(flow, wanted, without_return_to=without_return_to):
+            await self.burn(flow, "subject_mismatch", principal)
             raise SubjectMismatch
         try:
             return await self._activate(flow, pending, wanted.subject, principal, wanted.body_digest)
@@ -141,8 +153,12 @@ class Confirmations:
         None, and the connection stays pending, where it would have to merge into a connection that the session's tags do
         not describe, or that cannot take it now: nobody's grants are at hand here to judge such a write, so a confirm has to.
         """
-        if flow.session_id is None or flow.subject is None:
+        session_id = flow.session_id
+        if session_id is None or flow.subject is None:
             return None
+        live = await self._database.read(lambda session: live_session(session, session_id))
+        if live is None or flow.integration not in (live[0].integrations or ()):
+            return None  # who minted the session may no longer connect this
         try:
             return await self._activate(flow, pending, flow.subject, None, "")
         except (Conflict, Forbidden, UpstreamTimeout, _Lost):
@@ -212,7 +228,7 @@ class Confirmations:
         try:
             async with self._credentials.holding(existing_id) as claimed:
                 _require_fit(pending, claimed.row, subject)
-                tags = _merged_tags(flow, pending, claimed.row, principal)
+                _merged_tags(flow, pending, claimed.row, principal)
                 await self._require_only_one(pending, claimed.row)
                 await self._database.transaction(lambda session: _claim(session, flow.id))
                 async with self._claim_given_back(flow.id):
@@ -220,8 +236,8 @@ class Confirmations:
                     version = await self._credentials.put(
                         existing_id, value, expected_version=claimed.row.secret_version
                     )
-                    changes = {**_moved(pending, claimed.row, value), "secret_version": version, "tags": tags}
-                    survivor = await self._record_merge(flow, pending, claimed, changes, principal, settled)
+                    merged = Merged(value, version, subject)
+                    survivor = await self._record_merge(flow, pending, claimed, merged, principal, settled)
         except (NotFound, LeaseLost, IntegrityError):
             raise Conflict("the connection of this account changed meanwhile; try again") from None
         with contextlib.suppress(BrokerError):  # it is merged; what stays of the pending secret is swept
@@ -274,10 +290,12 @@ class Confirmations:
         flow: Flow,
         pending: Connection,
         claimed: Claimed,
-        changes: Mapping[str, Any],
+        merged: Merged,
         principal: Principal | None,
         settled: Mapping[str, Any],
     ) -> Connection:
+        """Write the survivor's row. The lease keeps other secrets out, not a freeze, new tags or a DELETE: judged anew."""
+
         def work(session: Session) -> Connection:
             at = now(session)
             require_lease(session, claimed.lease)
@@ -289,9 +307,14 @@ class Confirmations:
                     col(Connection.deleted_at).is_(None),
                 )
             )
-            row = session.get(Connection, claimed.row.id)
+            row = session.get(Connection, claimed.row.id, with_for_update=True)
             if gone.rowcount != 1 or row is None:  # type: ignore[attr-defined]
                 raise _Lost
+            _require_fit(pending, row, merged.subject)
+            if row.status not in {claimed.row.status, "frozen"}:
+                raise Conflict("the connection of this account changed meanwhile; try again")
+            tags = _merged_tags(flow, pending, row, principal)
+            changes = {**_moved(pending, row, merged.value), "secret_version": merged.version, "tags": tags}
             for name, value in changes.items():
                 setattr(row, name, value)
             session.flush()
@@ -300,13 +323,16 @@ class Confirmations:
 
         return await self._database.transaction(work)
 
-    async def burn(self, flow: Flow, reason: str) -> None:
-        """End a flow for good: its pending connection is gone at once, its secret destroyed, revoked unless shared."""
-        discarded = await self._discard(flow, reason)
+    async def burn(self, flow: Flow, reason: str, principal: Principal) -> None:
+        """End a flow for good: its pending connection is gone at once, its secret destroyed, revoked unless shared.
+
+        ``principal`` is who tried, for the audit.
+        """
+        discarded = await self._discard(flow, reason, principal)
         if discarded is not None:
             await self._dispose(discarded)
 
-    async def _discard(self, flow: Flow, reason: str) -> str | None:
+    async def _discard(self, flow: Flow, reason: str, principal: Principal | None = None) -> str | None:
         """Burn a flow unless a confirm was faster; return the id of the connection to dispose of."""
 
         def work(session: Session) -> str | None:
@@ -317,7 +343,7 @@ class Confirmations:
                 return None
             row.deleted_at = at
             session.flush()
-            self._audit.append(session, _entry("connection.discarded", row, None, reason=reason))
+            self._audit.append(session, _entry("connection.discarded", row, principal, reason=reason))
             return row.id
 
         try:
@@ -420,18 +446,31 @@ def _code_fits(flow: Flow, pending: Connection, code: str, at: float) -> bool:
     return right and in_time and waiting and flow.confirmed_at is None and flow.burnt_at is None
 
 
-def _subject_fits(flow: Flow, wanted: Confirm) -> bool:
+def _subject_fits(flow: Flow, wanted: Confirm, *, without_return_to: bool) -> bool:
     """Whether the confirm names the session's subject or, without a session, the exact return_to of the start."""
     if flow.session_id is not None:
         return flow.subject == wanted.subject
     if wanted.return_to is None and flow.return_to is not None:
         raise InvalidRequest("return_to is required: exactly what the flow was started with")
+    if wanted.return_to is None and not without_return_to:
+        raise InvalidRequest(
+            "a flow without a session and a return_to is confirmed on the command line; start with one of them"
+        )
     return flow.return_to == wanted.return_to
 
 
 def _moved(pending: Connection, row: Connection, value: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the surviving connection takes over; a freeze stays a freeze. ``value`` is its secret from now on."""
-    copied = ("scopes", "missing_scopes", "token_expires_at", "pins", "client_id", "account_name", "account_email")
+    copied = (
+        "scopes",
+        "missing_scopes",
+        "token_expires_at",
+        "pins",
+        "client_id",
+        "flow_id",
+        "account_name",
+        "account_email",
+    )
     own = pending.refreshable or "refresh_token" not in value
     return {
         **{name: getattr(pending, name) for name in copied},

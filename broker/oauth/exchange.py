@@ -15,7 +15,7 @@ from broker.integrations import Configured, Integrations
 from broker.models import Flow
 from broker.oauth.identity import IdentityInvalid, UnknownKey, plain_account, verify_id_token
 from broker.oauth.plan import speaks_openid
-from broker.token_endpoint import TokenAnswer, TokenRefusal, exchange_request, parse_answer
+from broker.token_endpoint import Client, TokenAnswer, TokenRefusal, exchange_request, parse_answer
 from providers.spec import Account, Credential, Dialogue, Secret
 
 log = structlog.get_logger()
@@ -30,15 +30,37 @@ class Exchange:
         self._egress = egress
         self._integrations = integrations
 
+    async def client(self, flow: Flow, configured: Configured) -> Client:
+        """Return the OAuth client as the flow was planned, with the secrets that may be sent where it was planned.
+
+        Those are the ones that were live at start; a secret that came later may belong to another server. Where today's
+        token origin and client id are the plan's, today's secrets are meant for it too (rotation). FlowError
+        ``integration_disabled`` when none is left, or the integration was made anew for elsewhere.
+        """
+        planned = set(flow.plan.get("secret_ids", ()))
+        usable = {row.id for row in await self._integrations.secrets(flow.integration)}  # before today's endpoints are
+        same_row = configured.row.created_at == flow.plan.get("integration_created_at")
+        if not (same_row and usable == planned) and not await self._unmoved(flow, configured):
+            usable &= planned
+            if not same_row or (planned and not usable):
+                raise FlowError("integration_disabled")
+        client = await self._integrations.client(configured, only=usable)
+        return replace(client, client_id=flow.plan["client_id"])
+
+    async def _unmoved(self, flow: Flow, configured: Configured) -> bool:
+        """Whether the integration as it is now has the token origin and the client id of the plan."""
+        today = await self._integrations.configured(flow.integration)
+        same_origin = today.endpoints.origins.get("token") == configured.endpoints.origins.get("token")
+        return same_origin and today.row.client_id == flow.plan["client_id"]
+
     async def tokens(
-        self, flow: Flow, configured: Configured, *, code: Secret, verifier: Secret
+        self, flow: Flow, configured: Configured, client: Client, *, code: Secret, verifier: Secret
     ) -> tuple[TokenAnswer, float]:
         """Exchange the code once per live client secret, newest first, until one is not refused.
 
         Return the answer and when it came (the database's clock). Raises FlowError, and what a request that found no
         answer raises.
         """
-        client = replace(await self._integrations.client(configured), client_id=flow.plan["client_id"])
         parsed: TokenAnswer | TokenRefusal | None = None
         received_at = 0.0
         started = time.monotonic()

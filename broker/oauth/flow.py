@@ -63,7 +63,8 @@ from broker.oauth.plan import (
 from broker.oauth.return_to import allowed_return_to
 from broker.sessions import digest, same_digest
 from broker.settings import Settings
-from broker.token_endpoint import TokenAnswer, authorize_url, challenge, new_verifier
+from broker.telemetry import Metrics
+from broker.token_endpoint import Client, TokenAnswer, authorize_url, challenge, new_verifier
 from broker.vault import SecretUnreadable, Vault
 from broker.vault.keyring import Sealer
 from providers.spec import Account, Secret
@@ -124,6 +125,7 @@ class Flows:
         confirmations: Confirmations,
         audit: Audit,
         settings: Settings,
+        metrics: Metrics,
     ) -> None:
         """Keep the parts."""
         self._database = database
@@ -134,15 +136,23 @@ class Flows:
         self._confirmations = confirmations
         self._audit = audit
         self._settings = settings
+        self._metrics = metrics
 
     # Start
 
     async def start(self, wanted: Start) -> Started:
         """Write the flow and return the provider's authorize URL (FlowError, NotFound)."""
         return_to = self._return_to(wanted.return_to, wanted.session)
-        configured = await self._startable(wanted)
+        configured, secret_ids = await self._startable(wanted)
         cookie = new_cookie_value()
-        row = new_flow(wanted, configured, self._settings, return_to=return_to, cookie_digest=digest(cookie.reveal()))
+        row = new_flow(
+            wanted,
+            configured,
+            self._settings,
+            secret_ids=secret_ids,
+            return_to=return_to,
+            cookie_digest=digest(cookie.reveal()),
+        )
         return Started(await self._begin(row, configured), row.cookie_name, cookie)
 
     def way_back(
@@ -171,7 +181,8 @@ class Flows:
             raise FlowError("return_to_invalid")
         return asked
 
-    async def _startable(self, wanted: Start) -> Configured:
+    async def _startable(self, wanted: Start) -> tuple[Configured, Sequence[str]]:
+        """Return what the flow begins with: the integration and the ids of its live client secrets (FlowError)."""
         view = await self._integrations.get(wanted.integration)
         if view.status in {"inactive", "configuring"}:
             raise FlowError("integration_disabled")
@@ -188,7 +199,7 @@ class Flows:
             raise FlowError("session_required")
         if session is not None and session.scopes and not scopes_to_ask(session, configured):
             raise FlowError("session_expired")  # asking for no scope would get the provider's default ones
-        return configured
+        return configured, view.secret_ids
 
     async def _begin(self, row: Flow, configured: Configured, *, forget: Flow | None = None) -> str:
         """Store a new flow with its sealed verifier and nonce; return where the browser goes."""
@@ -231,21 +242,27 @@ class Flows:
         flow = await self._find(came["state"], callback)
         if flow.consumed_at is not None or not await self._consume(flow):
             return await self._twin(flow)
-        outcome = await self._ended(flow, iss=came["iss"], error=came["error"], code=came["code"])
+        outcome, reached = await self._ended(flow, iss=came["iss"], error=came["error"], code=came["code"])
         if not outcome.again:
-            await self._keep_outcome(flow, outcome)
+            await self._keep_outcome(flow, outcome, told=reached or flow.session_id is not None)
+            self._metrics.flow(flow.plan["provider"], outcome.error or "connected")
         return outcome
 
-    async def _ended(self, flow: Flow, *, iss: str | None, error: str | None, code: str | None) -> Outcome:
-        """Run a consumed flow to its end, whatever that is."""
+    async def _ended(self, flow: Flow, *, iss: str | None, error: str | None, code: str | None) -> tuple[Outcome, bool]:
+        """Run a consumed flow to its end, whatever that is; return also whether it reached the exchange."""
+        reached = False
         try:
             refuse(flow, iss=iss, error=error, code=code)
-            return await self._exchanged(flow, await self._as_planned(flow), code or "")
+            configured = await self._as_planned(flow)
+            sealed = await self._verifier(flow)
+            client = await self._exchange.client(flow, configured)
+            reached = True
+            return await self._exchanged(flow, configured, client, code or "", sealed), reached
         except FlowError as failure:
-            return failed_outcome(flow, failure.flow_code)
+            return failed_outcome(flow, failure.flow_code), reached
         except BrokerError as failure:
             log.warning("flow.failed", flow_id=flow.id, integration=flow.integration, error=failure.code)
-            return failed_outcome(flow, "provider_unavailable")
+            return failed_outcome(flow, "provider_unavailable"), reached
 
     async def _find(self, state: str | None, callback: Callback) -> Flow:
         if not state:
@@ -271,6 +288,12 @@ class Flows:
         if not configured.row.enabled or configured.provider.name != flow.plan["provider"] or not has_flow(configured):
             raise FlowError("integration_disabled")
         return configured
+
+    async def _verifier(self, flow: Flow) -> Mapping[str, str]:
+        """Return the opened verifier and nonce of a flow that is still in time (FlowError)."""
+        if flow.expires_at < await self._database.read(now):
+            raise FlowError("state_expired")
+        return dict(json.loads(await self._opened(flow, flow.sealed_verifier, "verifier")))
 
     async def _consume(self, flow: Flow) -> bool:
         """One conditional update lets one callback act."""
@@ -310,28 +333,30 @@ class Flows:
         except SecretUnreadable:
             raise FlowError("state_invalid") from None
 
-    async def _keep_outcome(self, flow: Flow, outcome: Outcome) -> None:
+    async def _keep_outcome(self, flow: Flow, outcome: Outcome, *, told: bool) -> None:
+        """Keep what a duplicate gets. A failure that is not ``told`` is anybody's: logged, but no record in the chain."""
         sealed = self._sealed_outcome(flow, outcome)
 
         def work(session: Session) -> None:
             session.execute(outcome_update(flow.id, sealed, now(session)))
-            if outcome.error is not None:
+            if outcome.error is not None and told:
                 self._audit.append(session, _entry("flow.failed", flow, outcome="failed", error=outcome.error))
 
         await self._database.transaction(work)
-        if outcome.error is not None:
+        if outcome.error is not None and not told:
+            log.info("flow.refused", flow_id=flow.id, integration=flow.integration, error=outcome.error)
+        elif outcome.error is not None:
             await self._integrations.note(
                 flow.integration, action="flow", level="error", text=f"a flow ended with {outcome.error}"
             )
 
     # What comes of it
 
-    async def _exchanged(self, flow: Flow, configured: Configured, code: str) -> Outcome:
-        if flow.expires_at < await self._database.read(now):
-            raise FlowError("state_expired")
-        sealed = json.loads(await self._opened(flow, flow.sealed_verifier, "verifier"))
+    async def _exchanged(
+        self, flow: Flow, configured: Configured, client: Client, code: str, sealed: Mapping[str, str]
+    ) -> Outcome:
         answer, received_at = await self._exchange.tokens(
-            flow, configured, code=Secret(code), verifier=Secret(sealed["verifier"])
+            flow, configured, client, code=Secret(code), verifier=Secret(sealed["verifier"])
         )
         account = await self._exchange.account(flow, configured, answer, sealed["nonce"])
         if answer.refresh_token is None and configured.oauth2.refresh.expected:

@@ -31,9 +31,15 @@ def cookie_name(flow_id: str, *, development: bool) -> str:
 
 
 def new_flow(
-    wanted: Start, configured: Configured, settings: Settings, *, return_to: str | None, cookie_digest: str
+    wanted: Start,
+    configured: Configured,
+    settings: Settings,
+    *,
+    secret_ids: Sequence[str],
+    return_to: str | None,
+    cookie_digest: str,
 ) -> Flow:
-    """Return a flow that lacks its state, verifier and times."""
+    """Return a flow that lacks its state, verifier and times. ``secret_ids``: of the client secrets that live now."""
     session, endpoints, flow_id = wanted.session, configured.endpoints, new_id("flw")
     return Flow(
         id=flow_id,
@@ -58,6 +64,8 @@ def new_flow(
             "client_auth": endpoints.client_auth,
             "iss_required": endpoints.iss_required,
             "client_id": configured.row.client_id,
+            "secret_ids": list(secret_ids),
+            "integration_created_at": configured.row.created_at,
         },
         address=wanted.address,
     )

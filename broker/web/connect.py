@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 from collections.abc import Sequence
+from dataclasses import replace
 from urllib.parse import urlencode
 
 from broker.connections import Connections, Filter
@@ -12,7 +13,7 @@ from broker.credentials import Revoked
 from broker.errors import NotFound
 from broker.integrations import Integrations, View
 from broker.models import BrowserSession, Connection
-from broker.policy import Grant, Principal
+from broker.policy import Grant, Principal, glob_matches
 from broker.web.pages import ShownConnection, ShownIntegration, State
 
 PAGE = 200
@@ -25,63 +26,79 @@ STATES: dict[str, State] = {
 }
 
 
-def principal_of(session: BrowserSession) -> Principal:
-    """Return what the session's owner may do with connections: see and delete those of its subject and integrations.
+def principal_of(session: BrowserSession, minter: Principal) -> Principal:
+    """Return what the session's owner may do with connections: see and delete what its minter could connect for them.
 
-    A ``*`` in the subject makes the grant wider than the subject; every use here narrows it to the very subject again. A
-    session without a list of integrations reaches none.
+    That is, of the session's subject and integrations, the rows for which one of the minter's grants of now allows
+    ``connect``, by its tags too. A ``*`` in the subject makes the grants wider than the subject; every use here narrows
+    them to the very subject again. A session without a list of integrations reaches none.
     """
-    reach = tuple(session.integrations or ())
-    grant = Grant(integrations=reach, may=("manage", "read"), subjects=(session.subject,))
-    return Principal(session.caller_id, "session", frozenset({"service"}), (grant,), key_id="")
+    everything = Grant(integrations=("*",), may=("connect",))
+    given = (everything,) if "admin" in minter.roles else minter.grants
+    grants = tuple(narrowed for grant in given if (narrowed := _narrowed(grant, session)) is not None)
+    return Principal("browser", "browser", frozenset({"service"}), grants, key_id="")
+
+
+def _narrowed(grant: Grant, session: BrowserSession) -> Grant | None:
+    subjects = ("*",) if grant.subjects is None else grant.subjects
+    if "connect" not in grant.may or not any(glob_matches(pattern, session.subject) for pattern in subjects):
+        return None
+    reach = tuple(name for name in session.integrations or () if {name, "*"} & set(grant.integrations))
+    return Grant(integrations=reach, may=("manage", "read"), subjects=(session.subject,), tags=grant.tags)
 
 
 async def shown_integrations(
-    session: BrowserSession, integrations: Integrations, connections: Connections
+    session: BrowserSession, minter: Principal, integrations: Integrations, connections: Connections
 ) -> list[ShownIntegration]:
     """Return the rows of the page: the session's integrations in its order, without those that are gone since."""
-    rows = await own_connections(session, connections)
+    rows = await own_connections(session, minter, connections)
     views = await _views(session, integrations)
     titles = _titles(views, integrations)
     return [_shown(view, titles[view.row.name], session, rows, integrations) for view in views]
 
 
 async def chosen(
-    session: BrowserSession, connection_id: str, integrations: Integrations, connections: Connections
+    session: BrowserSession,
+    minter: Principal,
+    connection_id: str,
+    integrations: Integrations,
+    connections: Connections,
 ) -> tuple[ShownIntegration, ShownConnection] | None:
     """Return the connection of that id as the page shows it, or None when the page does not show it."""
-    for integration in await shown_integrations(session, integrations, connections):
+    for integration in await shown_integrations(session, minter, integrations, connections):
         for connection in integration.connections:
             if connection.id == connection_id:
                 return integration, connection
     return None
 
 
-async def own_connections(session: BrowserSession, connections: Connections) -> list[Connection]:
-    """Return the connections of exactly this subject within the session's integrations, newest first.
+async def own_connections(session: BrowserSession, minter: Principal, connections: Connections) -> list[Connection]:
+    """Return the connections of exactly this subject within the session's and its minter's reach, newest first.
 
     Pending ones are left out: their account may be somebody else's until the application has confirmed who consented. A
     session that reconnects sees its one connection only.
     """
     found: list[Connection] = []
-    before, more = None, True
-    while more:
-        wanted = Filter(subject=session.subject, before=before, limit=PAGE)
-        rows, more = await connections.page(wanted, principal_of(session))
+    wanted: Filter | None = Filter(subject=session.subject, limit=PAGE)
+    while wanted is not None:
+        rows, following = await connections.page(wanted, principal_of(session, minter))
         found += rows
-        before = (rows[-1].created_at, rows[-1].id) if rows else None
+        wanted = replace(wanted, before=following) if following is not None else None
     return [row for row in found if row.status in STATES and session.reconnects in {None, row.id}]
 
 
-async def disconnect(session: BrowserSession, connection_id: str, connections: Connections) -> Revoked | None:
+async def disconnect(
+    session: BrowserSession, minter: Principal, connection_id: str, connections: Connections
+) -> Revoked | None:
     """Delete a connection that this session may delete; return what became of it at the provider.
 
     None, and nothing happens, for one that is absent or foreign: after a double click that is the rule.
     """
-    if connection_id not in {row.id for row in await own_connections(session, connections)}:
+    if connection_id not in {row.id for row in await own_connections(session, minter, connections)}:
         return None
     try:
-        return await connections.delete(connection_id, principal_of(session), revoke=True)
+        principal = principal_of(session, minter)
+        return await connections.delete(connection_id, principal, revoke=True, session_id=session.id)
     except NotFound:
         return None  # the other click was faster
 

@@ -75,7 +75,7 @@ async def show(
         session_id=session.id,
         return_to=return_to,
         application=_application(return_to),
-        shown=await connect.shown_integrations(session, integrations, connections),
+        shown=await connect.shown_integrations(session, await sessions.minter(session), integrations, connections),
         notice=asked.get("disconnected"),
     )
     return _page(body, pages)
@@ -97,7 +97,8 @@ async def ask_to_disconnect(
     await limiter.check("connect", address_of(request, settings))
     asked, cookies = single_parameters(request), cookies_of(request)
     session = await _owned(asked, cookies, sessions, settings)
-    found = await connect.chosen(session, asked.get("connection", ""), integrations, connections)
+    minter = await sessions.minter(session)
+    found = await connect.chosen(session, minter, asked.get("connection", ""), integrations, connections)
     if found is None:
         return redirect(_connect_url(session), 303)
     integration, connection = found
@@ -133,7 +134,7 @@ async def disconnect(
     proof = form.get("form_token", "")
     if not hmac.compare_digest(proof.encode(), connect.form_token(cookie, connection_id).encode()):
         raise FlowError("state_invalid")
-    result = await connect.disconnect(session, connection_id, connections)
+    result = await connect.disconnect(session, await sessions.minter(session), connection_id, connections)
     return redirect(_connect_url(session, **({"disconnected": result} if result is not None else {})), 303)
 
 

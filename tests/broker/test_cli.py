@@ -240,6 +240,15 @@ def test_no_command_makes_an_empty_database_by_the_way(shell: Terminal, command:
     assert list(shell.place.iterdir()) == []
 
 
+def test_a_question_makes_no_schema_in_an_empty_postgresql(shell: Terminal, empty_postgres_url: str) -> None:
+    key = mint_key()[1].reveal()
+    empty = {"BROKER_DATABASE_URL": empty_postgres_url, "BROKER_ADMIN_KEY": key}
+    for question in (("callers", "list"), ("audit", "tail")):
+        assert shell.refused(*question, **empty) == "broker: the database has no schema; `broker migrate` makes it\n"
+    assert shell.ok("migrate", **empty) == "The schema is at revision 0001.\n"
+    assert "admin" in shell.ok("callers", "list", **empty)
+
+
 def test_a_database_that_cannot_be_used_is_an_error_in_words(shell: Terminal) -> None:
     (shell.place / "no.db").write_text("this is no database\n" * 100)
     assert "not available" in shell.refused("callers", "list", BROKER_DATABASE_URL="sqlite:///no.db")
@@ -590,7 +599,7 @@ def test_the_chain_is_shown_and_verified(terminal: Terminal) -> None:
     assert len(terminal.json("audit", "tail", "--limit", "1")) == 1
     assert len(terminal.json("audit", "tail", "--action", "caller.created", "--actor", "cli")) == 1
     assert terminal.ok("audit", "tail", "--connection", "con_x") == "There are none.\n"
-    assert terminal.ok("audit", "verify") == "The chain is whole: 2 records, 0 checkpoints.\n"
+    assert terminal.ok("audit", "verify") == "The chain is whole (records: 2, checkpoints: 0).\n"
     assert terminal.json("audit", "verify")["ok"] is True
 
 

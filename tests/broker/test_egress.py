@@ -15,6 +15,7 @@ import threading
 import time
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -37,6 +38,7 @@ from broker.egress import (
     may_dial,
     origin_of,
 )
+from broker.egress.dialing import system_resolver
 from broker.errors import EgressDenied, InternalError, ProviderUnavailable, UpstreamInvalid
 from broker.settings import Secret, Settings, SettingsError
 from providers.spec import Incoming, Outgoing, ProviderAnswerError
@@ -800,6 +802,48 @@ async def test_the_system_resolver_knows_localhost() -> None:
         await egress.aclose()
         with pytest.raises(NotSent):
             await egress.send(Outgoing("GET", f"http://localhost:{upstream.port}/"))
+
+
+class SlowNames(ThreadPoolExecutor):
+    """Threads in which the names of one zone do not resolve until they are let go; any other name is this machine."""
+
+    def __init__(self) -> None:
+        super().__init__(64)
+        self.released = threading.Event()
+
+    def submit(self, _fn: Any, /, *args: Any, **_kwargs: Any) -> Any:
+        return super().submit(self.answer, args[0])
+
+    def answer(self, host: str) -> list[Any]:
+        if host.startswith("hanging"):
+            self.released.wait(30)
+        return [(0, 0, 0, "", ("127.0.0.1", 0))]
+
+
+async def test_a_name_that_hangs_has_eight_threads_at_most_and_fails_fast_when_all_of_them_hang() -> None:
+    threads = SlowNames()
+    resolve = system_resolver(threads)
+    asked: list[asyncio.Future[list[str]]] = [asyncio.ensure_future(resolve("hanging.test", 443)) for _ in range(100)]
+    await asyncio.sleep(0.05)
+    assert await resolve("good.test", 443) == ["127.0.0.1"]
+    for one in asked:
+        one.cancel()
+    await asyncio.gather(*asked, return_exceptions=True)
+    with pytest.raises(NotSent) as refused:
+        await resolve("hanging.test", 443)
+    assert_says_nothing(refused.value, "hanging")
+    assert await resolve("good.test", 443) == ["127.0.0.1"]
+    threads.released.set()
+    await asyncio.sleep(0.2)
+    assert await resolve("hanging.test", 443) == ["127.0.0.1"], "it recovers with its name server"
+    threads.shutdown()
+
+
+async def test_many_lookups_of_a_good_name_at_once_wait_for_each_other() -> None:
+    threads = SlowNames()
+    resolve = system_resolver(threads)
+    assert await asyncio.gather(*(resolve("good.test", 443) for _ in range(50))) == [["127.0.0.1"]] * 50
+    threads.shutdown()
 
 
 async def test_an_ipv6_literal_keeps_its_brackets_in_host() -> None:

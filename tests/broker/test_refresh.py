@@ -73,7 +73,8 @@ def test_a_dead_or_refused_token_is_never_served_and_nothing_is_sent_while_it_ha
         assert not ask.force
         assert not held.refused(ask)
     elif isinstance(refusal, RateLimited):
-        assert ask.force
+        assert ask.force or (held.refused(ask) and held.live(NOW))
+        assert held.refreshed_at is not None
     elif isinstance(refusal, ProviderUnavailable):
         assert held.not_before_at is not None
         assert held.not_before_at > NOW
@@ -122,6 +123,18 @@ def test_force_says_when_it_may_be_used_again() -> None:
     with pytest.raises(RateLimited) as refused:
         decide(replace(HELD, refreshed_at=NOW - 10), Ask(force=True), NOW)
     assert refused.value.headers == {"Retry-After": "21"}
+
+
+def test_a_token_that_is_said_to_be_refused_right_after_it_came_has_to_wait() -> None:
+    fresh = replace(HELD, refreshed_at=NOW - 2)
+    with pytest.raises(RateLimited) as refused:
+        decide(fresh, Ask(not_token_sha256=SHA), NOW)
+    assert refused.value.headers == {"Retry-After": "4"}
+    assert decide(fresh, Ask(not_token_sha256="b" * 64), NOW) == "serve", "who names an older token gets this one"
+    assert decide(replace(fresh, expires_at=NOW - 1), Ask(not_token_sha256=SHA), NOW) == "renew", (
+        "a dead one does not wait"
+    )
+    assert decide(replace(fresh, refreshed_at=NOW - 5), Ask(not_token_sha256=SHA), NOW) == "renew"
 
 
 def test_a_demand_without_a_refresh_token_is_not_refreshable_and_a_dead_token_needs_consent() -> None:

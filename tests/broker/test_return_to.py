@@ -61,6 +61,10 @@ def test_an_address_on_the_list_is_allowed_whatever_its_query(asked: str) -> Non
         "https://app.good.test./connected",
         "https://app.good.test:0/connected",
         "https://app.good.test:65536/connected",
+        "https://app.good.test:0443/connected",
+        "https://other.test:08443/",
+        "https://app.good.test/connected?x=%00",
+        "https://app.good.test/connected?x%00y=1",
         "https://app.good.test:/connected",
         "https://other.test/",
         "https://u:p@app.good.test/connected",
@@ -107,6 +111,18 @@ def test_a_query_that_already_has_a_parameter_of_the_answer_is_refused(name: str
     assert not allowed(f"https://app.good.test/connected?a=1&{name}=planted")
     assert not allowed(f"https://app.good.test/connected?{name}")
     assert allowed(f"https://app.good.test/connected?my_{name}=1")
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        *("Confirm=x", "a=1;confirm=x", "confirm[]=x", "status[a]=x", "CONFIRM%5B%5D=x", "a;STATUS", "+error=x"),
+        *("connection.id=x", "missing+scopes=x", "connection[id=x", "%C5%BFtatus=x"),
+    ],
+)
+def test_a_parameter_of_the_answer_is_refused_in_every_spelling_that_a_framework_takes_for_it(query: str) -> None:
+    assert not allowed(f"https://app.good.test/connected?{query}")
+    assert allowed(f"https://app.good.test/connected?my_{query.removeprefix('a=1;').removeprefix('a;')}")
 
 
 def test_http_is_for_development_only_and_only_where_the_list_says_so() -> None:

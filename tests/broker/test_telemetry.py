@@ -426,6 +426,16 @@ def test_commands_are_quiet_but_warn(capsys: pytest.CaptureFixture[str]) -> None
     assert [json.loads(line)["event"] for line in captured.err.splitlines()] == ["refresh.failed"]
 
 
+async def test_a_migration_is_logged_and_a_look_at_the_schema_is_not(empty_sqlite_url: str) -> None:
+    stream = io.StringIO()
+    configure_logging(PRODUCTION, stream=stream)
+    async with opened(empty_sqlite_url) as database:
+        await database.schema_revision()
+    assert [json.loads(line)["event"].split(" ")[:2] for line in stream.getvalue().splitlines()] == [
+        ["Running", "upgrade"]
+    ]
+
+
 # --- metrics --------------------------------------------------------------------------------------------------------------
 
 

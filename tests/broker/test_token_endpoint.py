@@ -446,7 +446,6 @@ def test_the_longest_token_is_read() -> None:
         b'{"access_token":"a","x":{"y":1,"y":2}}',
         b'{"access_token":"a","expires_in":NaN}',
         b'{"access_token":"a","expires_in":Infinity}',
-        b'{"access_token":"a","expires_in":1e400}',
         b'{"access_token":"a","expires_in":' + b"1" * 5000 + b"}",
         b'{"access_token":"a"} trailing',
         b'\xef\xbb\xbf{"access_token":"a"}',
@@ -468,6 +467,19 @@ def test_a_malformed_document_is_no_token(body: bytes) -> None:
         {"token_type": "DPoP"},
         {"token_type": ""},
         {"token_type": ["bearer"]},
+        {"refresh_token": 7},
+        {"refresh_token": ""},
+        {"refresh_token": False},
+        {"refresh_token": "a\nb"},
+    ],
+)
+def test_a_malformed_field_spoils_the_answer(changes: dict[str, Any]) -> None:
+    assert outcome({**GOOD, **changes}) == ("invalid", "invalid_answer")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
         {"expires_in": -1},
         {"expires_in": True},
         {"expires_in": "soon"},
@@ -476,10 +488,6 @@ def test_a_malformed_document_is_no_token(body: bytes) -> None:
         {"expires_in": ""},
         {"expires_in": [3600]},
         {"refresh_token_expires_in": -1},
-        {"refresh_token": 7},
-        {"refresh_token": ""},
-        {"refresh_token": False},
-        {"refresh_token": "a\nb"},
         {"scope": 7},
         {"scope": {"a": 1}},
         {"scope": ["a", 1]},
@@ -489,8 +497,15 @@ def test_a_malformed_document_is_no_token(body: bytes) -> None:
         {"scope": "a " * MAX_TOKEN_LENGTH},
     ],
 )
-def test_a_malformed_field_spoils_the_answer(changes: dict[str, Any]) -> None:
-    assert outcome({**GOOD, **changes}) == ("invalid", "invalid_answer")
+def test_a_malformed_optional_member_counts_as_absent_and_is_named(changes: dict[str, Any]) -> None:
+    assert token({**GOOD, **changes}) == replace(token(GOOD), odd=tuple(changes))
+
+
+def test_a_lifetime_beyond_all_numbers_counts_as_absent() -> None:
+    found = parsed(b'{"access_token":"a","expires_in":1e400,"refresh_token_expires_in":-1e400}')
+    assert isinstance(found, TokenAnswer)
+    assert (found.expires_at, found.refresh_expires_at) == (None, None)
+    assert found.odd == ("expires_in", "refresh_token_expires_in")
 
 
 @pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504, 599])

@@ -256,6 +256,15 @@ async def test_a_delete_spares_the_grant_that_another_connection_lives_on(shared
     assert (await shared.call("DELETE", f"/v1/connections/{second['id']}")).json()["revocation"] == "revoked"
 
 
+async def test_an_import_that_claims_an_account_does_not_keep_its_grant_alive(shared: Rig) -> None:
+    connection = await shared.connected(unused("acme:"), person())
+    token = (await shared.token(connection["id"])).json()["access_token"]
+    await imported(shared, unused("mal:"), account=connection["account"]["id"])
+    answer = await shared.call("DELETE", f"/v1/connections/{connection['id']}")
+    assert answer.json()["revocation"] == "revoked"
+    assert (await shared.whoami(token)).status_code == 401
+
+
 async def test_a_provider_that_is_down_does_not_keep_a_connection_alive(tmp_path: Path) -> None:
     async with open_rig(tmp_path) as rig:
         connection = await rig.connected()

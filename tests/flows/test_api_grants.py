@@ -73,11 +73,11 @@ async def test_only_service_and_admin_ever_get_a_token_whatever_grants_the_other
     check_problem(found["security"], 404, "not_found")
 
 
-async def test_a_sealed_export_of_secrets_is_for_operators(shared: Rig) -> None:
+async def test_a_sealed_export_of_secrets_is_for_admins(shared: Rig) -> None:
     keys = await keys_of_all_roles(shared)
     for role, key in keys.items():
         answer = await shared.call("GET", "/v1/integrations/export", key=key, X_Broker_Passphrase="long enough words")
-        assert (answer.status_code == 200) is (role in {"admin", "operator"}), role
+        assert (answer.status_code == 200) is (role == "admin"), role
 
 
 CALLS: list[tuple[str, str, Any]] = [
@@ -201,6 +201,8 @@ async def test_a_token_by_integration_and_subject_stays_inside_the_grants(shared
     assert same_but_for_the_request_id(*answers)
     reads = await shared.caller(grant("read", tags={"team": "red"}))
     check_problem(await shared.call("POST", "/v1/token", body, key=reads), 403, "forbidden")
+    (denied,) = (await shared.call("GET", f"/v1/audit?subject={subject}&action=connection.token")).json()["data"][:1]
+    assert (denied["outcome"], denied["connection_id"] is not None) == ("denied", True)
     red = await shared.caller(grant("token", tags={"team": "red"}))
     assert (await shared.call("POST", "/v1/token", body, key=red)).status_code == 200
 

@@ -37,7 +37,10 @@ ROUTES = {
 
 
 async def ready(rig: Rig) -> Any:
-    return await rig.backend.get("/health/ready")
+    """Ask a process that just began and so remembers no verdict."""
+    transport = httpx2.ASGITransport(app=create_app(rig.parts))  # type: ignore[arg-type] # an ASGI application
+    async with httpx2.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000") as http:
+        return await http.get("/health/ready")
 
 
 async def execute(rig: Rig, *statements: str) -> None:
@@ -76,6 +79,19 @@ async def test_each_failing_part_is_named_and_heals(tmp_path: Path, database_url
             assert (await rig.backend.get("/health/live")).status_code == 200
             await execute(rig, mended.format(revision))
             assert (await ready(rig)).status_code == 200
+
+
+async def test_a_verdict_is_believed_for_a_second(tmp_path: Path) -> None:
+    async with open_rig(tmp_path) as rig:
+
+        async def asked() -> int:
+            return int((await rig.backend.get("/health/ready")).status_code)
+
+        assert await asyncio.gather(*(asked() for _ in range(20))) == [200] * 20
+        await execute(rig, BREAKS[0][1])
+        assert await asked() == 200
+        await asyncio.sleep(1.05)
+        assert await asked() == 503
 
 
 async def test_a_secret_where_none_should_be_that_does_not_open_is_named(tmp_path: Path) -> None:

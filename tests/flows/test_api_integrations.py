@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -15,6 +17,8 @@ from sqlmodel import select
 from broker.app import create_app, open_parts
 from broker.callers import mint_key
 from broker.demo.sandbox import DEMO_CLIENT_ID, DEMO_CLIENT_SECRET, fault
+from broker.errors import ProviderUnavailable
+from broker.integrations import Draft
 from broker.models import ClientSecret, Integration, SealedSecret
 from broker.settings import SettingsError, load_settings
 from tests.flows.api_calls import check_problem, imported, unused
@@ -417,6 +421,91 @@ async def test_figures_and_lines_are_of_the_window_and_the_filter(shared: Rig) -
     check_problem(await shared.call("GET", f"{path}/logs?level=loud"), 400, "invalid_request", "?level")
 
 
+# A provider that is down
+
+
+@contextlib.asynccontextmanager
+async def dead_provider() -> AsyncIterator[tuple[str, list[bytes]]]:
+    """Serve 500 to everything, slowly; yield the base URL and the requests that came."""
+    came: list[bytes] = []
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        came.append(await reader.readuntil(b"\r\n\r\n"))
+        await asyncio.sleep(0.1)
+        writer.write(b"HTTP/1.1 500 Broken\r\ncontent-length: 0\r\nconnection: close\r\n\r\n")
+        await writer.drain()
+        writer.close()
+        await writer.wait_closed()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    async with server:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", came
+
+
+async def test_a_dead_provider_is_asked_once_for_many_flows_and_anew_by_a_test(shared: Rig) -> None:
+    integrations = shared.parts.integrations
+    async with dead_provider() as (base, came):
+        name = unused("dead-")
+        await shared.integration(name, config={"issuer": base})
+
+        async def discover() -> object:
+            return await integrations.configured(name)
+
+        async def keys() -> object:
+            return await integrations.jwks(f"{base}/keys")
+
+        for number, ask in enumerate((discover, keys), 1):
+            failed = await asyncio.gather(*(ask() for _ in range(20)), return_exceptions=True)
+            failed += await asyncio.gather(ask(), return_exceptions=True)
+            assert {type(error) for error in failed} == {ProviderUnavailable}
+            assert len({id(error) for error in failed}) == 21, "each has its own, with its own traceback"
+            assert len(came) <= number * 3, "one ask is up to three tries"
+        before = len(came)
+        assert (await shared.call("POST", f"/v1/integrations/{name}/test")).json()["ok"] is False
+        assert len(came) > before
+
+
+async def test_many_flows_at_once_discover_once(tmp_path: Path) -> None:
+    async with open_rig(tmp_path) as rig:
+        found = await asyncio.gather(*(rig.parts.integrations.configured("sandbox") for _ in range(10)))
+        assert all(one.endpoints.urls is not None for one in found)
+        documents = [id(value) for _, value in rig.parts.integrations._discovered.values()]
+        assert len(documents) == 1
+
+
+# Who says where credentials go, when an integration is made
+
+
+async def test_endpoints_of_a_new_integration_are_for_admins_where_the_provider_has_its_own(shared: Rig) -> None:
+    key, name = await operator(shared), unused("ghe-")
+    for config in MOVES[:5]:
+        body = {"name": name, "provider": "github", "client_secret": "s", "config": config}
+        check_problem(await shared.call("POST", "/v1/integrations", body, key=key), 403, "forbidden")
+        document = {"format": "broker-integrations/1", "integrations": [{**body, "client_secret": ""}]}
+        del document["integrations"][0]["client_secret"]  # type: ignore[attr-defined]
+        check_problem(await put_back(shared, document, key=key), 403, "forbidden")
+    assert await vault_owners(shared, name) == set()
+    generic = {"name": name, "provider": "oidc", "config": {"issuer": "http://127.0.0.1:9"}}
+    assert (await shared.call("POST", "/v1/integrations", generic, key=key)).status_code == 201
+
+
+async def test_a_name_that_was_deleted_once_gets_endpoints_anew_from_an_admin_only(shared: Rig) -> None:
+    key, name = await operator(shared), unused("idp-")
+    body = {"name": name, "provider": "oidc", "client_secret": "s", "config": {"issuer": "http://127.0.0.1:9"}}
+    assert (await shared.call("POST", "/v1/integrations", body, key=key)).status_code == 201
+    assert (await shared.call("DELETE", f"/v1/integrations/{name}", key=key)).status_code == 204
+    check_problem(await shared.call("POST", "/v1/integrations", body, key=key), 403, "forbidden")
+    assert await vault_owners(shared, name) == set()
+    entry = {field: value for field, value in body.items() if field != "client_secret"}
+    document = {"format": "broker-integrations/1", "integrations": [entry]}
+    check_problem(await put_back(shared, document, key=key), 403, "forbidden")
+    assert (await shared.call("POST", "/v1/integrations", body)).status_code == 201
+    plain = (await made(shared))["name"]
+    assert (await shared.call("DELETE", f"/v1/integrations/{plain}", key=key)).status_code == 204
+    again = {"name": plain, "provider": "github"}
+    assert (await shared.call("POST", "/v1/integrations", again, key=key)).status_code == 201
+
+
 # Export and import
 
 
@@ -605,3 +694,26 @@ async def test_the_environments_secret_never_goes_to_another_providers_integrati
             loaded(tmp_path, {"GITHUB_CLIENT_ID": DEMO_CLIENT_ID, "GITHUB_CLIENT_SECRET": DEMO_CLIENT_SECRET})
         ):
             pass
+
+
+@pytest.mark.parametrize("source", ["environment", "file"])
+async def test_a_secret_of_the_settings_never_goes_to_endpoints_that_they_do_not_name(
+    tmp_path: Path, source: str
+) -> None:
+    file, moved = tmp_path / "integrations.json", {"token_url": "http://127.0.0.1:9/elsewhere"}
+    entry = {"name": "github", "provider": "github", "client_id": "one", "client_secret": "first"}
+    file.write_text(json.dumps({"integrations": [entry]}))
+    environ = {"GITHUB_CLIENT_ID": "one", "GITHUB_CLIENT_SECRET": "first"}
+    settings = loaded(tmp_path, environ) if source == "environment" else loaded(tmp_path, {}, integrations_file=file)
+    async with open_parts(settings) as parts:
+        await parts.integrations.update(Draft("github", config=moved), None)
+    async with open_parts(settings) as parts:  # an admin moved it: the secret that is live there stays
+        (secret,) = await parts.integrations.secrets("github")
+        await parts.integrations.delete_secret("github", secret.id, None)
+    setting = "GITHUB_CLIENT_ID" if source == "environment" else "BROKER_INTEGRATIONS_FILE"
+    with pytest.raises(SettingsError, match=f"{setting}.*endpoints"):
+        async with open_parts(settings):
+            pass
+    file.write_text(json.dumps({"integrations": [{**entry, "config": moved}]}))
+    async with open_parts(loaded(tmp_path, {}, integrations_file=file)) as parts:
+        assert len(await parts.integrations.secrets("github")) == 1

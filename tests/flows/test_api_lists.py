@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
+from sqlalchemy.dialects import sqlite
 from sqlmodel import col
 
-from broker.models import Caller, Connection
+from broker.models import Caller, Connection, new_id
 from tests.flows.api_calls import check_problem, grant, imported, unused
 from tests.flows.rig import Rig, open_rig
 
@@ -60,6 +61,58 @@ async def test_pages_hold_every_row_once_newest_first_also_where_many_were_made_
             made[4]
         ]
         assert await walked(rig, "/v1/connections?integration=absent", limit=2) == []
+
+
+def many(count: int, start: int, **fields: Any) -> Any:
+    """Return the statement that makes connections without a secret."""
+    made = Connection(id="", integration="sandbox", provider="oidc", status="active", created_at=0.0).model_dump()
+    rows = [{**made, "id": new_id("con"), "subject": "acme:1", "created_at": float(start + n)} for n in range(count)]
+    return sa.insert(Connection).values(
+        [{"metadata" if name == "extra" else name: value for name, value in {**row, **fields}.items()} for row in rows]
+    )
+
+
+async def put(rig: Rig, statement: sa.Executable) -> None:
+    await rig.parts.database.transaction(lambda session: session.execute(statement))
+
+
+async def test_one_request_looks_at_so_many_rows_and_the_cursor_goes_on(tmp_path: Path, database_url: str) -> None:
+    async with open_rig(tmp_path, database_url=database_url) as rig:
+        one = (await imported(rig, "acme:mine"))["id"]
+        for part in range(30):
+            await put(rig, many(100, 3_000_000_000 + 100 * part))
+        key = await rig.caller(grant("read", subjects=["acme:m*"]))
+        first = (await rig.call("GET", "/v1/connections?limit=1", key=key)).json()
+        assert first["data"] == []
+        assert first["next_cursor"] is not None
+        assert [row["id"] for row in await walked(rig, "/v1/connections", limit=1, key=key)] == [one]
+        exact = await rig.caller(grant("read", subjects=["acme:mine"]))
+        found = (await rig.call("GET", "/v1/connections?limit=1", key=exact)).json()
+        assert ([row["id"] for row in found["data"]], found["next_cursor"]) == ([one], None), (
+            "it is looked for by index"
+        )
+        tagged = (await rig.call("GET", "/v1/connections?tag=a:b")).json()
+        assert tagged["data"] == []
+        assert tagged["next_cursor"] is not None
+
+
+async def test_a_list_reads_in_the_order_of_an_index(rig: Rig) -> None:
+    ordered = (
+        sa.select(col(Connection.id)).order_by(col(Connection.created_at).desc(), col(Connection.id).desc()).limit(9)
+    )
+    live = ordered.where(col(Connection.deleted_at).is_(None))
+    for statement, index in (
+        (live, "ix_connections_created"),
+        (live.where(col(Connection.integration) == "a"), "ix_connections_integration"),
+        (live.where(col(Connection.subject) == "a"), "ix_connections_subject"),
+        (live.where(col(Connection.status) == "a"), "ix_connections_status"),
+    ):
+        text = "EXPLAIN QUERY PLAN " + str(
+            statement.compile(dialect=sqlite.dialect(), compile_kwargs={"literal_binds": True})
+        )
+        plan = str(await rig.parts.database.read(lambda session, t=text: session.execute(sa.text(t)).all()))  # type: ignore[misc] # a default argument
+        assert index in plan, plan
+        assert "TEMP B-TREE" not in plan
 
 
 async def test_a_row_that_is_made_while_somebody_pages_changes_nothing_for_them(rig: Rig) -> None:

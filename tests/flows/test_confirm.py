@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
 
+from broker.cli.running import OPERATOR
 from broker.database import now
 from broker.models import Connection, Flow, SealedSecret
-from broker.oauth.confirm import Newcomer, keeps_refresh_token
+from broker.oauth.confirm import Confirm, Confirmations, Newcomer, keeps_refresh_token
+from providers.spec import Secret
 from tests.flows.rig import APP, Rig, eventually, landed
 from tests.flows.shared import (
     audited,
@@ -93,6 +96,27 @@ async def test_c0_a_forwarded_final_url_burns_because_the_victims_app_expects_it
     right = await shared.confirm(came, subject(), return_to=f"{APP}?n=attacker")
     assert code_of(right) == (409, "confirm_invalid")
     assert await secrets_of(shared, came["connection_id"]) == 0
+
+
+async def test_c0_a_flow_with_neither_session_nor_return_to_is_confirmed_by_no_caller(shared: Rig) -> None:
+    browser = browser_of(shared)
+    page = await flow(shared, browser, user=person(), return_to=None)
+    found = re.search(r"confirm (con_\w+) .*?--code (\S+)", page.text, re.DOTALL)
+    assert found is not None
+    came = {"connection_id": found[1], "confirm": found[2]}
+    for _ in range(2):  # nothing was changed
+        assert code_of(await shared.confirm(came, subject())) == (400, "invalid_request")
+    await nothing_is_handed_out(shared, came["connection_id"])
+    wanted = Confirm(found[1], found[2], subject(), None)
+    confirmed = await shared.parts.confirmations.confirm(wanted, OPERATOR, without_return_to=True)
+    assert (confirmed.id, confirmed.status) == (found[1], "active")
+
+
+async def test_a_burnt_flow_names_the_caller_who_tried(shared: Rig) -> None:
+    came = landed(await flow(shared, user=person()))
+    assert code_of(await shared.confirm(came, subject(), return_to=f"{APP}?x")) == (409, "subject_mismatch")
+    (record,) = await audited(shared, "connection.discarded", came["connection_id"])
+    assert record.actor.startswith("clr_")
 
 
 async def test_c0_an_active_connection_of_the_victims_account_lives_through_a_burnt_flow(shared: Rig) -> None:
@@ -629,8 +653,78 @@ async def test_without_session_a_merge_that_would_change_tags_still_needs_a_conf
     assert (await shared.confirm(came, owner)).json()["id"] == first["connection_id"]
 
 
+async def test_without_session_a_flow_whose_minter_lost_the_grant_meanwhile_is_not_active_at_once(shared: Rig) -> None:
+    name, browser = await at_once(shared), browser_of(shared)
+    grants = [{"integrations": [name], "may": ["connect"]}]
+    body = {"name": "app", "roles": ["service"], "grants": grants}
+    made = (await shared.call("POST", "/v1/callers", body)).json()
+    wanted = {"subject": subject(), "return_to": APP}
+    session = (await shared.call("POST", "/v1/sessions", wanted, key=made["key"])).json()
+    callback = await shared.consent(await shared.begin(browser, name, session=session["token"]), user=person())
+    assert (await shared.call("DELETE", f"/v1/callers/{made['id']}")).status_code == 204
+    came = landed(await browser.get(callback))
+    await nothing_is_handed_out(shared, came["connection_id"])
+
+
 async def test_a_browser_that_is_nobody_sees_no_code_of_another(shared: Rig) -> None:
     browser = browser_of(shared)
     came = await flow(shared, browser, user=person())
     stranger = await browser_of(shared).get(f"/oauth/sandbox/callback?state={landed(came)['confirm']}")
     assert stranger.status_code == 400
+
+
+class SlowVault:
+    """A remote vault that takes its time to read, until told."""
+
+    def __init__(self, vault: Any) -> None:
+        """Stand before the true one."""
+        self.vault, self.reading, self.go_on = vault, asyncio.Event(), asyncio.Event()
+
+    def __getattr__(self, name: str) -> Any:
+        """Pass everything else on."""
+        return getattr(self.vault, name)
+
+    async def get(self, owner: str, version: int | None = None) -> Any:
+        """Wait, then read."""
+        self.reading.set()
+        await self.go_on.wait()
+        return await self.vault.get(owner, version)
+
+
+@pytest.mark.parametrize(
+    ("meanwhile", "status", "after"),
+    [
+        ({"tags": {"team": "red"}}, 403, {"tags": {"team": "red"}, "status": "active"}),
+        ({"status": "frozen", "status_reason": "incident"}, 200, {"status": "frozen", "status_reason": "incident"}),
+        ({"status": "revoked"}, 409, {"status": "revoked"}),
+        ({"deleted_at": 1.0}, 409, {"deleted_at": 1.0}),
+    ],
+)
+async def test_a_merge_is_judged_by_what_the_connection_has_become_meanwhile(
+    shared: Rig, meanwhile: dict[str, Any], status: int, after: dict[str, Any]
+) -> None:
+    owner, account = subject(), person()
+    key = await shared.caller({"integrations": ["sandbox"], "may": ["connect"], "tags": {"team": "blue"}})
+
+    async def finished() -> dict[str, str]:
+        session = await shared.session(owner, return_to=APP, tags={"team": "blue"})
+        return landed(await flow(shared, user=account, session=session["token"]))
+
+    existing = (await shared.confirm(await finished(), owner)).json()
+    came = await finished()
+    parts = shared.parts
+    slow = SlowVault(parts.vault)
+    confirmations = Confirmations(parts.database, slow, parts.credentials, parts.audit)
+    wanted = Confirm(came["connection_id"], came["confirm"], owner, None)
+    principal = await parts.callers.identify(Secret(key))
+    task = asyncio.create_task(confirmations.confirm(wanted, principal))
+    await slow.reading.wait()
+    await rewritten(shared, Connection, existing["id"], **meanwhile)
+    slow.go_on.set()
+    (result,) = await asyncio.gather(task, return_exceptions=True)
+    assert getattr(result, "status", 200) in {status, "frozen"}
+    found = await row(shared, existing["id"])
+    assert {name: getattr(found, name) for name in after} == after
+    (left,) = [one for one in await rows(shared, Flow) if one.connection_id == came["connection_id"]]
+    assert (left.confirmed_at is not None) == (status == 200)
+    assert status == 200 or left.confirm_claimed_at is None  # it may be tried again at once

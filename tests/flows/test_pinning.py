@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from base64 import b64decode
 from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 import pytest_asyncio
 
+from broker.demo.sandbox import DEMO_CLIENT_ID
 from tests.fakes import Fake, Seen, listening
 from tests.flows.rig import APP, Rig, landed
-from tests.flows.shared import audited, bearer, browser_of, connected, flow, person, subject
+from tests.flows.shared import audited, bearer, browser_of, connected, flow, is_error, parameters, person, subject
+from tests.flows.time_passes import row_of
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -105,6 +108,26 @@ async def test_c4_the_connection_works_again_where_it_was_made(pinned: Rig, sink
     assert (await pinned.token(connection["id"], force_refresh=True)).status_code == 200
 
 
+async def test_c4_a_changed_client_stops_refresh_and_revocation_until_it_is_undone_or_rebound(pinned: Rig) -> None:
+    first, second = [await connected(pinned, subject(), person()) for _ in range(2)]
+    refreshes = pinned.sandbox.state.counters.refreshes
+    assert await patch(pinned, {"client_id": "another-app"}) == 200
+    try:
+        assert (await pinned.token(first["id"])).status_code == 200, "a live token is handed out"
+        answer = await pinned.token(first["id"], force_refresh=True)
+        assert (answer.status_code, answer.json()["code"]) == (409, "origin_changed")
+        gone = await pinned.call("DELETE", f"/v1/connections/{second['id']}")
+        assert gone.json()["revocation"] == "failed"
+        assert (await pinned.call("POST", "/v1/integrations/sandbox/rebind")).status_code == 200
+        row = await row_of(pinned.parts.database, first["id"])
+        assert (row.client_id, row.status) == ("another-app", "active")
+    finally:
+        assert await patch(pinned, {"client_id": DEMO_CLIENT_ID}) == 200
+        assert (await pinned.call("POST", "/v1/integrations/sandbox/rebind")).status_code == 200
+    assert pinned.sandbox.state.counters.refreshes == refreshes
+    assert (await pinned.token(first["id"], force_refresh=True)).status_code == 200
+
+
 async def test_c4_a_rebind_is_for_an_admin_is_audited_and_moves_the_pins(pinned: Rig) -> None:
     connection = await connected(pinned, subject(), person())
     elsewhere = pinned.sandbox.issuer.replace("127.0.0.1", "localhost")  # the same server under another origin
@@ -194,3 +217,76 @@ async def test_c4_an_import_moves_nothing_for_an_operator_and_stops_connections_
     finally:
         await as_it_was(pinned)
     assert sink.connections == reached
+
+
+async def client_secrets(rig: Rig) -> list[str]:
+    """Return the ids of the live client secrets."""
+    found = (await rig.call("GET", "/v1/integrations/secretive/client-secrets")).json()["data"]
+    return [one["id"] for one in found]
+
+
+async def begun_at(rig: Rig, sink: Fake, browser: Any, *, secret: str = "the-old-secret", **fields: Any) -> str:
+    """Make an integration whose token endpoint is the sink and begin a flow; return the callback's path."""
+    urls = {f"{name}_url": f"{sink.base}/{name}" for name in ("authorize", "token", "jwks")}
+    await rig.integration("secretive", client_id="old", client_secret=secret, config=urls | {"issuer": None}, **fields)
+    state = parameters(await rig.begin(browser, "secretive"))["state"]
+    return f"/oauth/secretive/callback?state={state}&code=x"
+
+
+async def removed(rig: Rig) -> None:
+    """Remove the integration."""
+    assert (await rig.call("DELETE", "/v1/integrations/secretive")).status_code == 204
+
+
+@pytest.mark.parametrize("how", ["made anew", "moved"])
+async def test_c4_a_new_client_secret_does_not_follow_an_old_plan(shared: Rig, sink: Fake, how: str) -> None:
+    browser, good = browser_of(shared), "https://good.test"
+    callback = await begun_at(shared, sink, browser)
+    reached, old = len(sink.seen), await client_secrets(shared)
+    if how == "made anew":
+        await removed(shared)
+        await shared.integration("secretive", client_secret="the-new-secret")
+    else:
+        urls = {f"{name}_url": f"{good}/{name}" for name in ("authorize", "token", "jwks")}
+        change = {"client_id": "new", "client_secret": "the-new-secret", "config": urls}
+        assert (await shared.call("PATCH", "/v1/integrations/secretive", change)).status_code == 200
+        for secret_id in old:
+            path = f"/v1/integrations/secretive/client-secrets/{secret_id}"
+            assert (await shared.call("DELETE", path)).status_code == 204
+    try:
+        assert is_error(await browser.get(callback), "integration_disabled")
+        assert len(sink.seen) == reached
+    finally:
+        await removed(shared)
+
+
+async def test_c4_of_several_secrets_only_those_of_the_start_are_sent_where_the_flow_began(
+    shared: Rig, sink: Fake
+) -> None:
+    browser = browser_of(shared)
+    callback = await begun_at(shared, sink, browser)
+    reached = len(sink.seen)
+    change = {"client_secret": "the-new-secret", "config": {"token_url": "https://good.test/token"}}
+    assert (await shared.call("PATCH", "/v1/integrations/secretive", change)).status_code == 200
+    try:
+        assert len(await client_secrets(shared)) == 2
+        await browser.get(callback)
+        sent = [b64decode(seen.headers["authorization"].split()[1]) for seen in sink.seen[reached:]]
+        assert sent == [b"old:the-old-secret"]
+    finally:
+        await removed(shared)
+
+
+async def test_c4_a_secret_that_is_rotated_during_a_flow_does_not_break_it(shared: Rig, sink: Fake) -> None:
+    browser = browser_of(shared)
+    callback = await begun_at(shared, sink, browser)
+    reached, old = len(sink.seen), await client_secrets(shared)
+    change = {"client_secret": "the-new-secret"}
+    assert (await shared.call("PATCH", "/v1/integrations/secretive", change)).status_code == 200
+    assert (await shared.call("DELETE", f"/v1/integrations/secretive/client-secrets/{old[0]}")).status_code == 204
+    try:
+        await browser.get(callback)
+        sent = [b64decode(seen.headers["authorization"].split()[1]) for seen in sink.seen[reached:]]
+        assert sent == [b"old:the-new-secret"]
+    finally:
+        await removed(shared)

@@ -371,7 +371,7 @@ async def test_a_provider_that_does_not_rotate_is_asked_for_ever(rig: Rig) -> No
 
 
 async def test_a_silent_provider_is_a_time_out_and_heals(rig: Rig) -> None:
-    await rig.integration("other", config={"timeout_seconds": 0.3})
+    await rig.integration("other", config={"timeout_seconds": 1})
     minted = rig.sandbox.state.mint("ada", "openid")
     credentials = {
         **{name: minted[name] for name in ("access_token", "refresh_token")},

@@ -8,7 +8,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from broker.models import BrowserSession, Flow
+from broker.errors import FlowError
+from broker.models import BrowserSession, Caller, Flow
 from tests.flows.rig import APP, Browser, Rig, landed
 from tests.flows.shared import (
     browser_of,
@@ -57,7 +58,7 @@ async def test_a_token_in_the_url_is_replaced_by_the_public_id_and_a_cookie(shar
     (cookie,) = answer.headers.get_list("set-cookie")
     assert cookie.startswith("brk_s_")
     assert {"httponly", "samesite=lax", "path=/"} <= {part.strip().lower() for part in cookie.split(";")}
-    assert session["token"].rpartition("_")[2] not in cookie
+    assert session["token"].split("_", 2)[2] not in cookie
     assert (await browser.get(location)).status_code == 302
 
 
@@ -72,9 +73,49 @@ async def test_only_digests_of_token_and_cookie_are_stored(shared: Rig) -> None:
     browser = browser_of(shared)
     session = await owned(shared, browser)
     shown = repr((await session_row(shared, session["id"])).model_dump())
-    assert session["token"].rpartition("_")[2] not in shown
+    assert session["token"].split("_", 2)[2] not in shown
     for cookie in browser.http.cookies.jar:
         assert (cookie.value or "?") not in shown
+
+
+async def deleted(rig: Rig, made: dict[str, Any]) -> None:
+    """Delete a caller."""
+    assert (await rig.call("DELETE", f"/v1/callers/{made['id']}")).status_code == 204
+
+
+async def without_a_key(rig: Rig, made: dict[str, Any]) -> None:
+    """Revoke a caller's only key."""
+    (key,) = (await rig.call("GET", f"/v1/callers/{made['id']}")).json()["keys"]
+    assert (await rig.call("DELETE", f"/v1/callers/{made['id']}/keys/{key['id']}")).status_code == 204
+
+
+async def expired(rig: Rig, made: dict[str, Any]) -> None:
+    """Let a caller's time be over."""
+    await rewritten(rig, Caller, made["id"], expires_at=1.0)
+
+
+async def without_the_grant(rig: Rig, made: dict[str, Any]) -> None:
+    """Take `connect` from a caller."""
+    body = {"grants": [{"integrations": ["sandbox"], "may": ["read"]}]}
+    assert (await rig.call("PATCH", f"/v1/callers/{made['id']}", body)).status_code == 200
+
+
+@pytest.mark.parametrize("end", [deleted, without_a_key, expired, without_the_grant])
+async def test_a_session_ends_with_who_minted_it(shared: Rig, end: Any) -> None:
+    grants = [{"integrations": ["sandbox"], "may": ["connect"]}]
+    body = {"name": "app", "roles": ["service"], "grants": grants}
+    made = (await shared.call("POST", "/v1/callers", body)).json()
+    wanted = {"subject": subject(), "return_to": APP}
+    used, unused = [(await shared.call("POST", "/v1/sessions", wanted, key=made["key"])).json() for _ in range(2)]
+    browser = browser_of(shared)
+    assert (await start(browser, session=used["token"])).status_code == 303
+    assert (await start(browser, session=used["id"])).status_code == 302
+    await end(shared, made)
+    assert is_page(await start(browser, session=used["id"]), "session_expired")
+    assert is_page(await start(browser, session=unused["token"]), "session_expired")
+    assert is_page(await browser.get(f"/connect?session={used['id']}"), "session_expired")
+    with pytest.raises(FlowError):
+        await shared.parts.sessions.minter(await session_row(shared, used["id"]))
 
 
 async def test_the_first_browser_owns_the_session_and_another_is_refused(shared: Rig) -> None:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
+from collections.abc import Awaitable, Callable
+from typing import Any
 
 import pytest
+import sqlalchemy as sa
 
+from broker.demo.sandbox.options import Fault
+from broker.models import Connection
 from tests.flows.rig import Rig
 from tests.flows.time_passes import audited, ends_in, row_of, set_row, wait_is_over
 
@@ -56,6 +62,30 @@ async def test_a_refused_token_is_renewed_only_while_it_is_still_the_current_one
     again = (await rig.token(connection["id"], not_token_sha256=sha256(old))).json()["access_token"]
     assert old != new == again
     assert rig.sandbox.state.counters.refreshes == 1
+
+
+async def test_naming_each_new_token_as_refused_does_not_refresh_all_the_time(rig: Rig) -> None:
+    connection = await rig.connected()
+    old = (await rig.token(connection["id"])).json()["access_token"]
+    new = (await rig.token(connection["id"], not_token_sha256=sha256(old))).json()["access_token"]
+    paced = await rig.token(connection["id"], not_token_sha256=sha256(new))
+    assert (paced.status_code, paced.json()["code"]) == (429, "rate_limited")
+    assert 1 <= int(paced.headers["retry-after"]) <= 6
+    assert (await rig.token(connection["id"], not_token_sha256=sha256(old))).json()["access_token"] == new
+    at = (await row_of(rig.parts.database, connection["id"])).refreshed_at or 0
+    await set_row(rig.parts.database, connection["id"], refreshed_at=at - 6)
+    assert (await rig.token(connection["id"], not_token_sha256=sha256(new))).status_code == 200
+    assert rig.sandbox.state.counters.refreshes == 2
+
+
+async def test_an_odd_optional_member_of_an_answer_does_not_cost_the_grant(rig: Rig) -> None:
+    connection = await rig.connected()
+    minted = rig.sandbox.state.mint("ada", "openid")
+    body = {**minted, "expires_in": "3600.0", "refresh_token_expires_in": -1, "scope": 7}
+    rig.sandbox.state.add_fault(Fault(kind="answer", status=200, body=body, grant_type="refresh_token"))
+    answer = await rig.token(connection["id"], force_refresh=True)
+    assert (answer.status_code, answer.json()["access_token"]) == (200, minted["access_token"])
+    assert (answer.json()["expires_at"], answer.json()["scopes"]) == (None, connection["scopes"])
 
 
 async def test_force_refresh_works_once_in_thirty_seconds(rig: Rig) -> None:
@@ -158,3 +188,40 @@ async def test_a_connection_that_may_not_be_used_yields_no_token(rig: Rig, statu
     await set_row(rig.parts.database, connection["id"], status=status)
     answer = await rig.token(connection["id"])
     assert (answer.status_code, answer.json()["code"]) == (409, code)
+
+
+async def slow_refresh(rig: Rig, user: str, key: str, meanwhile: Callable[[], Awaitable[Any]]) -> Any:
+    """Return the answer to an ask whose refresh takes over a second, while something else happens."""
+    connection = await rig.connected(f"acme:{user}", user)
+    rig.sandbox.state.configure(latency_seconds=1.2)
+    body = {"force_refresh": True}
+    asked = asyncio.create_task(rig.call("POST", f"/v1/connections/{connection['id']}/token", body, key=key))
+    await asyncio.sleep(0.3)
+    await meanwhile()
+    rig.sandbox.state.configure(latency_seconds=0)
+    return await asked
+
+
+async def test_who_lost_the_right_while_a_refresh_ran_gets_no_token(rig: Rig) -> None:
+    grants = [{"integrations": ["sandbox"], "may": ["token"]}]
+    body = {"name": "app", "roles": ["service"], "grants": grants}
+    made = (await rig.call("POST", "/v1/callers", body)).json()
+    path = f"/v1/callers/{made['id']}"
+    lesser = {"grants": [{"integrations": ["sandbox"], "may": ["read"]}]}
+    assert (await slow_refresh(rig, "ada", made["key"], lambda: asyncio.sleep(0))).status_code == 200
+    answer = await slow_refresh(rig, "bob", made["key"], lambda: rig.call("PATCH", path, lesser))
+    assert (answer.status_code, answer.json()["code"]) == (403, "forbidden")
+    await rig.call("PATCH", path, {"grants": grants})
+    answer = await slow_refresh(rig, "cyd", made["key"], lambda: rig.call("DELETE", path))
+    assert answer.status_code == 401
+    records = (await rig.call("GET", "/v1/audit?action=connection.token")).json()["data"]
+    assert [record["outcome"] for record in records] == ["denied", "ok"]
+
+
+async def test_a_connection_that_was_frozen_while_a_refresh_ran_gives_no_token(rig: Rig) -> None:
+    async def freeze() -> None:
+        frozen = sa.update(Connection).values(status="frozen")
+        await rig.parts.database.transaction(lambda session: session.execute(frozen))
+
+    answer = await slow_refresh(rig, "ada", rig.admin_key, freeze)
+    assert (answer.status_code, answer.json()["code"]) == (409, "connection_frozen")

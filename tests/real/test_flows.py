@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
 import socket
@@ -16,6 +17,7 @@ import pytest
 
 from broker.app import create_app, open_parts
 from broker.callers import mint_key
+from broker.refresh import REFUSED_EVERY_SECONDS
 from tests.flows.rig import APP, Browser, landed, serving, settings_for
 from tests.real.parts import (
     ADA_CLAIMS,
@@ -237,6 +239,7 @@ async def test_a_google_account_is_connected_refreshed_and_disconnected(broker: 
 
     first = await broker.token(connection)
     second = await broker.token(connection, force_refresh=True)
+    await asyncio.sleep(REFUSED_EVERY_SECONDS)
     third = await broker.token(connection, not_token_sha256=sha256(second))  # with the same refresh token again
     assert len({first, second, third}) == 3
     for token in (first, second, third):
@@ -277,6 +280,7 @@ async def test_a_strict_servers_account_lives_through_refreshes_and_dies_with_it
     first = await broker.token(connection)
     assert (await asked(f"{oidc.issuer}/me", first)).json()["sub"] == "ada"
     second = await broker.token(connection, force_refresh=True)
+    await asyncio.sleep(REFUSED_EVERY_SECONDS)
     third = await broker.token(connection, not_token_sha256=sha256(second))  # with what the first refresh rotated to
     assert len({first, second, third}) == 3
     for token in (first, second, third):  # the grant is alive: no refresh token was used twice

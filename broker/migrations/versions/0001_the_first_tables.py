@@ -125,13 +125,13 @@ def _connections() -> None:
     op.create_table(
         "connections",
         sa.Column("id", sa.String(), primary_key=True),
-        sa.Column("integration", sa.String(), nullable=False, index=True),
+        sa.Column("integration", sa.String(), nullable=False),
         sa.Column("provider", sa.String(), nullable=False),
-        sa.Column("subject", sa.String(), nullable=True, index=True),
+        sa.Column("subject", sa.String(), nullable=True),
         sa.Column("account_id", sa.String(), nullable=True),
         sa.Column("account_name", sa.String(), nullable=True),
         sa.Column("account_email", sa.String(), nullable=True),
-        sa.Column("status", sa.String(), nullable=False, index=True),
+        sa.Column("status", sa.String(), nullable=False),
         sa.Column("status_reason", sa.String(), nullable=True),
         sa.Column("credential_type", sa.String(), nullable=False),
         sa.Column("client_id", sa.String(), nullable=False),
@@ -155,12 +155,21 @@ def _connections() -> None:
         sa.Column("created_at", sa.Float(53), nullable=False),
         sa.Column("pending_until", sa.Float(53), nullable=True, index=True),
         sa.Column("revoke_on_delete", sa.Boolean(), nullable=False),
-        sa.Column("deleted_at", sa.Float(53), nullable=True, index=True),
+        sa.Column("deleted_at", sa.Float(53), nullable=True),
     )
 
 
 def _connections_indexes() -> None:
-    op.create_index("ix_connections_created", "connections", ["created_at", "id"])
+    live = sa.text("deleted_at IS NULL")
+    op.create_index(
+        "ix_connections_created", "connections", ["created_at", "id"], sqlite_where=live, postgresql_where=live
+    )
+    gone = sa.text("deleted_at IS NOT NULL")
+    op.create_index(
+        "ix_connections_deleted_at", "connections", ["deleted_at"], sqlite_where=gone, postgresql_where=gone
+    )
+    for name in ("integration", "subject", "status"):
+        op.create_index(f"ix_connections_{name}", "connections", [name, "created_at", "id"])
     where = sa.text("status <> 'pending' AND deleted_at IS NULL")
     op.create_index(
         "uq_connections_account",

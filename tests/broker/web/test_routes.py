@@ -300,7 +300,39 @@ async def test_a_session_never_grows_beyond_the_grants_of_who_minted_it(rig: Rig
     url = (await browser.get(made.json()["connect_url"])).headers["location"]
     assert "Ada" not in await shown(browser, url)
     await changed(rig, BrowserSession, col(BrowserSession.id) == made.json()["id"], integrations=sa.null())
-    assert "nothing to connect" in await shown(browser, url)
+    assert "session_expired" in (await browser.get(url)).text
+
+
+async def blue_page(rig: Rig, **grant: Any) -> tuple[Browser, str]:
+    """Return a browser that owns a session of a caller that may only `connect`, within a grant; and its connect URL."""
+    key = await rig.caller({"integrations": ["sandbox"], "may": ["connect"], **grant})
+    body = {"subject": "acme:42", "return_to": APP, "tags": {"team": "blue"}}
+    made = await rig.call("POST", "/v1/sessions", body, key=key)
+    assert made.status_code == 201, made.text
+    browser = rig.browser()
+    return browser, (await browser.get(made.json()["connect_url"])).headers["location"]
+
+
+async def test_a_session_shows_and_disconnects_nothing_across_the_tags_of_who_minted_it(rig: Rig) -> None:
+    connection = await rig.connected()
+    row = col(Connection.id) == connection["id"]
+    browser, url = await blue_page(rig, tags={"team": "blue"}, subjects=["acme:*"])
+    await changed(rig, Connection, row, tags={"team": "blue"})
+    form = await asked(browser, (await browser.get(url)).text)
+    await changed(rig, Connection, row, tags={"team": "red"})
+    assert "Ada" not in await shown(browser, url)
+    assert (await sent(browser, form)).headers["location"] == url
+    assert await kept(rig, connection)
+
+
+async def test_who_owns_a_session_may_disconnect_and_the_audit_says_that_it_was_a_browser(rig: Rig) -> None:
+    connection = await rig.connected()
+    browser, url = await blue_page(rig)
+    await sent(browser, await asked(browser, (await browser.get(url)).text))
+    assert not await kept(rig, connection)
+    (record,) = (await rig.call("GET", "/v1/audit?action=connection.deleted")).json()["data"]
+    assert record["actor"] == "browser"
+    assert f"session={record['detail']['session_id']}" in url
 
 
 async def test_an_integration_that_is_gone_is_not_shown(rig: Rig) -> None:
@@ -361,7 +393,8 @@ async def test_an_account_is_disconnected_after_asking_once_more(rig: Rig) -> No
 async def test_of_many_clicks_at_once_one_disconnects(rig: Rig) -> None:
     connection = await rig.connected()
     session = await rig.parts.sessions.get((await rig.session())["id"])
-    clicks = (disconnect(session, connection["id"], rig.parts.connections) for _ in range(5))
+    minter = await rig.parts.sessions.minter(session)
+    clicks = (disconnect(session, minter, connection["id"], rig.parts.connections) for _ in range(5))
     assert sorted(await asyncio.gather(*clicks), key=str) == [None, None, None, None, "revoked"]
 
 

@@ -1,0 +1,108 @@
+"""How requests come in: uvicorn's HTTP protocol, with a limit on the size of a request's head and on the time it takes."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, Final
+
+from uvicorn.config import Config
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.server import ServerState
+
+MAX_HEAD_BYTES: Final = 64 * 1024
+HEAD_SECONDS: Final = 20.0
+
+
+class BoundedHttp(HttpToolsProtocol):
+    """Closes a connection whose request line and fields, trailers too, are over 64 KiB or take more than 20 s.
+
+    The parser keeps whatever comes, and copies it at each read. Framing between chunks of a body counts like a head.
+    """
+
+    head_seconds: float = HEAD_SECONDS
+
+    def __init__(
+        self,
+        config: Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        """Begin before the first request."""
+        super().__init__(config, server_state, app_state, _loop)
+        self._in_head = True
+        self._field_bytes = 0  # of this request, in whole fields
+        self._idle_bytes = 0  # since the parser last got anywhere
+        self._advanced = False
+        self._head_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as in uvicorn
+        """Start the clock of the first head: a connection that says nothing is closed too."""
+        super().connection_made(transport)
+        self._start_clock()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stop the clock."""
+        self._stop_clock()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Parse, and refuse (400, closed) what is too much without getting anywhere."""
+        if self._in_head and self._head_timer is None:
+            self._start_clock()
+        self._advanced = False
+        super().data_received(data)
+        self._idle_bytes = 0 if self._advanced else self._idle_bytes + len(data)
+        if self._idle_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
+            self.send_400_response("The request's head is too large.")
+
+    def on_message_begin(self) -> None:
+        """Begin to count."""
+        super().on_message_begin()
+        self._field_bytes = 0
+
+    def on_url(self, url: bytes) -> None:
+        """Count the target, which may come in pieces."""
+        self._count(len(url))
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Count a field, of the head or a trailer."""
+        self._count(len(name) + len(value) + 4)
+        super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        """Stop the clock: the head is whole."""
+        self._in_head, self._advanced = False, True
+        self._stop_clock()
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """Note that the body goes on."""
+        self._advanced = True
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """Expect the next head; its clock starts with its first byte."""
+        self._in_head, self._advanced = True, True
+        super().on_message_complete()
+
+    def _count(self, count: int) -> None:
+        self._field_bytes += count
+        if self._field_bytes > MAX_HEAD_BYTES:
+            raise ValueError("the request's head is too large")  # the parser stops, and uvicorn answers 400
+
+    def _start_clock(self) -> None:
+        self._head_timer = self.loop.call_later(self.head_seconds, self._head_is_late)
+
+    def _stop_clock(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _head_is_late(self) -> None:
+        self._head_timer = None
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._start_clock()  # an earlier request of this connection is still being answered
+        else:
+            self.transport.close()
