@@ -11,7 +11,7 @@ from litestar import Response, Router, route
 from litestar.connection import Request
 from litestar.datastructures import Cookie
 from litestar.di import NamedDependency
-from litestar.enums import HttpMethod
+from litestar.enums import HttpMethod, MediaType
 from litestar.params import FromPath
 
 from broker.errors import FlowError, RateLimited
@@ -147,9 +147,9 @@ def address_of(request: AnyRequest, settings: Settings) -> str:
 
 
 def redirect(url: str, status_code: int) -> Response[None]:
-    """Return a redirect that is neither stored nor referred from."""
+    """Return a redirect that is neither stored nor referred from, with an empty body."""
     headers = {"Location": url, "Cache-Control": "no-store", "Referrer-Policy": "no-referrer"}
-    return Response(None, status_code=status_code, headers=headers)
+    return Response(None, status_code=status_code, headers=headers, media_type=MediaType.TEXT)
 
 
 def nothing() -> Response[None]:
