@@ -21,7 +21,6 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any, Final, TypeVar
 
 import sqlalchemy as sa
@@ -30,7 +29,7 @@ from sqlmodel import Session, col, select
 from broker.audit import Audit, Entry
 from broker.database import Database, now
 from broker.errors import Conflict, DatabaseUnavailable, FieldError, InvalidRequest, NotFound, Unauthenticated
-from broker.models import Caller, CallerKey, new_id
+from broker.models import Caller, CallerKey, epoch_of, new_id
 from broker.policy import ROLES, Grant, Principal, Role, grant_json, parse_grants, parse_roles
 from broker.settings import SettingsError
 from providers.spec import Secret
@@ -51,9 +50,6 @@ _SECRET_LENGTH, _CHECKSUM_LENGTH = 43, 6
 _KEY = re.compile(r"(brk_([a-z0-9]{26})_[0-9A-Za-z]{43})([0-9A-Za-z]{6})")
 _NO_DIGEST = "0" * 64
 _ID = re.compile(r"(clr|key)_[a-z0-9]{26}")
-_RFC3339 = re.compile(
-    r"[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt][0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,9})?([Zz]|[+-][0-9]{2}:[0-9]{2})"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -483,21 +479,12 @@ def _checked_name(value: object) -> str:
 def _checked_expiry(value: object) -> float | None:
     if value is None:
         return None
-    seconds = _seconds_of(value) if isinstance(value, str) else value
+    seconds = epoch_of(value) if isinstance(value, str) else value
     if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds < YEAR_10000:
         raise InvalidRequest(
             errors=[FieldError("/expires_at", "must be an RFC 3339 time from 1970 on, or null for none")]
         )
     return float(seconds)
-
-
-def _seconds_of(text: str) -> float | None:
-    if _RFC3339.fullmatch(text) is None:
-        return None
-    try:
-        return datetime.fromisoformat(text.upper()).timestamp()
-    except (ValueError, OverflowError):
-        return None
 
 
 _FIELDS: Final[Mapping[str, Callable[[Any], object]]] = {

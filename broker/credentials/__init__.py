@@ -146,14 +146,6 @@ class Credentials:
 
     # Ending
 
-    async def revoke(self, row: Connection, configured: Configured) -> Revoked:
-        """Revoke at the provider what this connection holds, unless another live connection would die with it.
-
-        ``failed`` when the provider cannot be reached or refuses; never raises for that. The caller holds the row
-        (deleted or revoked already), so that nothing is handed out meanwhile.
-        """
-        return await self._revoking.revoke(row, configured)
-
     async def dispose(self, connection_id: str) -> Revoked:
         """Finish the deletion of a row marked ``deleted_at``: revoke, destroy the secret, remove the row.
 

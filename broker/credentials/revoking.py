@@ -43,8 +43,8 @@ class Revoking:
         self._audit = audit
         self._claims = claims
 
-    async def revoke(self, row: Connection, configured: Configured) -> Revoked:
-        """Revoke at the provider unless the grant is shared. See ``Credentials.revoke``."""
+    async def _revoke(self, row: Connection, configured: Configured) -> Revoked:
+        """Revoke at the provider, unless another live connection would die with it; ``failed`` instead of an error."""
         revocation = configured.provider.oauth2.revocation if configured.provider.oauth2 is not None else None
         if row.credential_type != "oauth2" or revocation is None:
             return "unsupported"
@@ -72,7 +72,7 @@ class Revoking:
         if not row.revoke_on_delete:
             return "skipped"
         try:
-            return await self.revoke(row, await self._integrations.configured(row.integration))
+            return await self._revoke(row, await self._integrations.configured(row.integration))
         except BrokerError:
             return "failed"
 
