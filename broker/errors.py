@@ -142,6 +142,13 @@ class ReauthorizationRequired(Conflict):
 
     code, title = "reauthorization_required", "The user has to connect the account again"
 
+    def __init__(self, detail: str | None = None, *, status_reason: str | None = None) -> None:
+        """Say why, as the connection does, and what helps."""
+        super().__init__(
+            detail or "the provider no longer accepts this credential: send the user through a reconnect, or import anew"
+        )
+        self.members = {"status_reason": status_reason} if status_reason is not None else {}
+
 
 class ConnectionFrozen(Conflict):
     """Frozen by a security team."""

@@ -221,6 +221,7 @@ class Connection(SQLModel, table=True):
     refresh_failures: int = 0
     refresh_not_before_at: float | None = _time()
     unknown_outcomes: int = 0
+    refusals: int = Field(default=0, sa_column_kwargs={"server_default": "0"})
     last_used_at: float | None = _time()
     tags: dict[str, str] = _json(dict)
     extra: dict[str, Any] = Field(default_factory=dict, sa_column=Column("metadata", JSON, nullable=False))
@@ -230,6 +231,35 @@ class Connection(SQLModel, table=True):
     pending_until: float | None = _time(index=True)
     revoke_on_delete: bool = True
     deleted_at: float | None = _time()
+
+
+class DeviceFlow(SQLModel, table=True):
+    """One device authorization (RFC 8628), from the request for a code to the connection that comes of it.
+
+    ``plan`` is what was configured at its start, as in ``Flow``. A worker claims a poll by moving ``poll_at`` ahead.
+    """
+
+    __tablename__ = "device_flows"
+
+    id: str = Field(primary_key=True)
+    integration: str
+    subject: str
+    scopes: list[str] = _json(list)
+    variables: dict[str, str] = _json(dict)
+    tags: dict[str, str] = _json(dict)
+    plan: dict[str, Any] = _json(dict)
+    status: str = Field(default="pending", index=True)
+    sealed_device_code: bytes | None = _sealed()
+    user_code: str
+    verification_uri: str
+    verification_uri_complete: str | None = None
+    interval_seconds: float = Field(sa_column=Column(Float(53), nullable=False))
+    failures: int = 0
+    poll_at: float = _time(nullable=False, index=True)
+    created_by: str | None = None
+    created_at: float = _time(nullable=False)
+    expires_at: float = _time(nullable=False)
+    connection_id: str | None = None
 
 
 class RefreshLease(SQLModel, table=True):

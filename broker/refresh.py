@@ -17,6 +17,7 @@ FORCE_EVERY_SECONDS = 30.0
 REFUSED_EVERY_SECONDS = 5.0
 SOFT_MARGIN_SECONDS = 120.0
 MOST_RESENDS = 3
+CONFIRM_SECONDS = 1.0  # between a refusal that would end the grant and asking once more
 RESEND_WAITS_SECONDS = (0.0, 15.0, 900.0)  # before each: the last one outlives an outage of a quarter of an hour
 MOST_BACKOFF_SECONDS = 300.0
 REACHABLE_SHARE = 0.9
@@ -160,15 +161,20 @@ class Tally:
     failures: int = 0
     unknown_outcomes: int = 0
     not_before_at: float | None = None
+    refusals: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What follows from a failure. ``lost``: only the user's consent helps now; ``reason`` says why."""
+    """What follows from a failure. ``lost``: only the user's consent helps now; ``reason`` says why.
+
+    ``ask_again``: the provider said that the grant is dead, for the first time; it is asked once more before it is believed.
+    """
 
     tally: Tally
     reason: str
     lost: bool = False
+    ask_again: bool = False
 
 
 def failure_of(refresh: Refresh, refusal: TokenRefusal, *, status: int) -> Failure:
@@ -184,27 +190,38 @@ def failure_of(refresh: Refresh, refusal: TokenRefusal, *, status: int) -> Failu
 
 
 def after_attempt(
-    refresh: Refresh, failure: Failure, tally: Tally, *, expires_at: float | None, now: float, random_share: float
+    refresh: Refresh,
+    failure: Failure,
+    tally: Tally,
+    *,
+    expires_at: float | None,
+    now: float,
+    random_share: float,
+    confirm_seconds: float = CONFIRM_SECONDS,
 ) -> Verdict:
     """Return what to remember of a failed attempt and whether the connection is lost.
 
-    A refusal that comes after an unknown outcome is most likely its consequence, so it carries that reason.
+    A provider in trouble has been seen to answer ``invalid_grant`` to good tokens, so it has to say it twice. A refusal
+    that comes after an unknown outcome is most likely its consequence, so it carries that reason.
     """
-    failures = tally.failures + 1
+    failures, refusals = tally.failures + 1, tally.refusals
     unknown = tally.unknown_outcomes + (failure.kind == "unknown")
     if failure.kind == "permanent":
-        return Verdict(Tally(failures, unknown), "refresh_outcome_unknown" if unknown else failure.reason, lost=True)
+        reason = "refresh_outcome_unknown" if unknown else failure.reason
+        if refusals:
+            return Verdict(Tally(failures, unknown, refusals=refusals + 1), reason, lost=True)
+        return Verdict(Tally(failures, unknown, now + confirm_seconds, refusals=1), reason, ask_again=True)
     wait = backoff_seconds(failures, random_share)
     if failure.kind != "unknown":
         wait = wait if failure.retry_after_seconds is None else failure.retry_after_seconds + wait
         before = tally.not_before_at or now  # a resend's wait for the live token goes on
-        return Verdict(Tally(failures, unknown, max(now + wait, before)), failure.reason)
+        return Verdict(Tally(failures, unknown, max(now + wait, before), refusals), failure.reason)
     again_at = send_again_at(refresh, unknown_outcomes=unknown, expires_at=expires_at, now=now)
     if again_at is None:
-        return Verdict(Tally(failures, unknown), "refresh_outcome_unknown", lost=True)
+        return Verdict(Tally(failures, unknown, refusals=refusals), "refresh_outcome_unknown", lost=True)
     if not refresh.rotates and unknown > 1:
         again_at = now + wait
-    return Verdict(Tally(failures, unknown, again_at), "outcome_unknown")
+    return Verdict(Tally(failures, unknown, again_at, refusals), "outcome_unknown")
 
 
 def send_again_at(refresh: Refresh, *, unknown_outcomes: int, expires_at: float | None, now: float) -> float | None:

@@ -1,7 +1,7 @@
 """The OAuth dialogue: builds its requests, and parses the answers strictly; no I/O, so every function is pure.
 
 Requests are built on Authlib; its parsing is not used, because it takes a 429, a missing or numeric ``access_token`` and
-``token_type: N_A`` for tokens. The only random thing here is ``new_verifier``.
+``token_type: N_A`` for tokens. Random are only ``new_verifier`` and what a client's assertion needs to be unique.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC
 from email.utils import parsedate_to_datetime
 from typing import Any, Final, Literal, NoReturn, TypeVar
@@ -22,16 +22,10 @@ from authlib.oauth2.rfc7009 import prepare_revoke_token_request
 from authlib.oauth2.rfc7636 import create_s256_code_challenge
 
 from broker.egress import NotSent, origin_of
+from broker.models import epoch_of
 from providers import implied_by
-from providers.spec import (
-    RESERVED_AUTHORIZE_PARAMS,
-    ClientAuth,
-    Incoming,
-    OAuth2,
-    Outgoing,
-    Secret,
-    client_authentication,
-)
+from providers.client_auth import client_authentication
+from providers.spec import RESERVED_AUTHORIZE_PARAMS, ClientAuth, Incoming, OAuth2, Outgoing, Secret
 
 T = TypeVar("T")
 Outcome = Literal["transient", "permanent", "client_refused", "invalid"]
@@ -107,7 +101,7 @@ def authorize_url(
     nonce: str | None,
     extra: Mapping[str, str],
 ) -> str:
-    """Return where to send the browser: code flow, PKCE S256 always (RFC 6749 4.1.1, RFC 7636 4.3).
+    """Return where to send the browser: code flow, PKCE S256 where the provider's file allows (RFC 6749 4.1.1, 7636 4.3).
 
     A query that ``authorize_url`` has is kept, but for what is set here: no parameter comes twice. Without ``scopes`` there
     is no ``scope``. ``ValueError`` when a parameter is empty, or ``extra`` has one that the flow itself sets.
@@ -116,11 +110,11 @@ def authorize_url(
         raise ValueError("an extra parameter is one that the flow itself sets")
     if not (client_id and redirect_uri and state and verifier_challenge) or nonce == "":
         raise ValueError("a parameter is empty, and would be left out silently")
-    own = {"code_challenge": verifier_challenge, "code_challenge_method": "S256"}
+    own = {"code_challenge": verifier_challenge, "code_challenge_method": "S256"} if oauth2.pkce else {}
     own.update({"nonce": nonce} if nonce is not None else {})
-    base = _without_parameters(authorize_url, RESERVED_AUTHORIZE_PARAMS | extra.keys())
-    scope = oauth2.scope_separator.join(scopes)
-    url = prepare_grant_uri(base, client_id, "code", redirect_uri=redirect_uri, scope=scope, state=state, **own)
+    own.update({oauth2.scope_param: oauth2.scope_separator.join(scopes)} if oauth2.scope_param and scopes else {})
+    base = _without_parameters(authorize_url, RESERVED_AUTHORIZE_PARAMS | extra.keys() | own.keys())
+    url = prepare_grant_uri(base, client_id, "code", redirect_uri=redirect_uri, state=state, **own)
     return str(add_params_to_uri(url, list(extra.items())))
 
 
@@ -139,28 +133,40 @@ def exchange_request(
     code: Secret,
     redirect_uri: str,
     verifier: Secret,
+    now: float,
 ) -> Outgoing:
     """Build the request that exchanges a code (RFC 6749 4.1.3, RFC 7636 4.5) with one client secret.
 
-    When the answer is ``client_refused`` the caller tries the next secret. Raises NotSent when the client cannot prove
-    itself (no secret, or private_key_jwt), ValueError for an empty code, redirect_uri or verifier.
+    When the answer is ``client_refused`` the caller tries the next secret. ``now``: for a client that signs an assertion.
+    Raises NotSent when the client cannot prove itself, ValueError for an empty code, redirect_uri or verifier.
     """
     if not (code.reveal() and redirect_uri and verifier.reveal()):
         raise ValueError("a parameter is empty, and would be left out silently")
-    body = prepare_token_request(
-        "authorization_code", redirect_uri=redirect_uri, code=code.reveal(), code_verifier=verifier.reveal()
-    )
-    return _post(oauth2, token_url, client, secret, body)
+    more = {**oauth2.exchange_params, **({"code_verifier": verifier.reveal()} if oauth2.pkce else {})}
+    body = prepare_token_request("authorization_code", redirect_uri=redirect_uri, code=code.reveal(), **more)
+    return _post(oauth2, token_url, client, secret, body, now=now)
 
 
 def refresh_request(
-    oauth2: OAuth2, *, token_url: str, client: Client, secret: Secret | None, refresh_token: Secret
+    oauth2: OAuth2,
+    *,
+    token_url: str,
+    client: Client,
+    secret: Secret | None,
+    refresh_token: Secret,
+    redirect_uri: str,
+    now: float,
+    refresh_url: str = "",
 ) -> Outgoing:
-    """Build a refresh (RFC 6749 6) with one client secret; without ``scope``, so the scopes stay. Raises as above."""
+    """Build a refresh (RFC 6749 6) with one client secret; without ``scope``, so the scopes stay. Raises as above.
+
+    It goes to ``refresh_url`` where there is one; ``redirect_uri`` is sent only where the provider's file wants it.
+    """
     if not refresh_token.reveal():
         raise ValueError("the refresh token is empty, and would be left out silently")
-    body = prepare_token_request("refresh_token", refresh_token=refresh_token.reveal())
-    return _post(oauth2, token_url, client, secret, body)
+    more = {**oauth2.refresh.params, **({"redirect_uri": redirect_uri} if oauth2.refresh.redirect_uri else {})}
+    body = prepare_token_request("refresh_token", refresh_token=refresh_token.reveal(), **more)
+    return _post(oauth2, refresh_url or token_url, client, secret, body, now=now, audience=token_url)
 
 
 def revoke_request(
@@ -171,24 +177,49 @@ def revoke_request(
     secret: Secret | None,
     token: Secret,
     token_type_hint: Literal["access_token", "refresh_token"],
+    now: float,
 ) -> Outgoing:
     """Build a standard revocation (RFC 7009 2.1) with one client secret. Raises as above."""
     if not token.reveal():
         raise ValueError("the token is empty")
     body, _ = prepare_revoke_token_request(token.reveal(), token_type_hint)
-    return _post(oauth2, revoke_url, client, secret, body)
+    return _post(oauth2, revoke_url, client, secret, body, now=now)
 
 
-def _post(oauth2: OAuth2, url: str, client: Client, secret: Secret | None, body: str) -> Outgoing:
+def _post(
+    oauth2: OAuth2, url: str, client: Client, secret: Secret | None, body: str, *, now: float, audience: str = ""
+) -> Outgoing:
+    """Add the client's proof to a form, and write it as the provider wants it. ``audience``: of an assertion."""
+    unique = secrets.token_urlsafe(16)
     try:
-        headers, fields = client_authentication(client.client_id, secret, client.auth)
+        headers, fields = client_authentication(
+            client.client_id, secret, client.auth, audience=audience or url, now=now, unique=unique
+        )
     except ValueError as error:
         why = str(error)
     else:
-        form = {"Content-Type": "application/x-www-form-urlencoded", "Accept": "application/json"}
         whole = str(add_params_to_qs(body, fields))
-        return Outgoing("POST", url, {**form, **oauth2.token_headers, **headers}, whole.encode())
+        kind = "application/x-www-form-urlencoded"
+        if oauth2.token_format == "json":  # noqa: S105 - a format
+            whole, kind = json.dumps(dict(parse_qsl(whole, keep_blank_values=True))), "application/json"
+        common = {"Content-Type": kind, "Accept": "application/json"}
+        return Outgoing("POST", url, {**common, **oauth2.token_headers, **headers}, whole.encode())
     raise NotSent(f"The integration's client cannot prove itself: {why}")
+
+
+async def first_not_refused(
+    oauth2: OAuth2, requests: Sequence[Outgoing], send: Callable[[Outgoing], Awaitable[Incoming]]
+) -> Incoming:
+    """Send one request for each client secret in turn, until an answer does not refuse the client; return the last answer.
+
+    ``requests`` has at least one. What ``send`` raises passes.
+    """
+    for request in requests:
+        answer = await send(request)
+        parsed = parse_answer(oauth2, answer, received_at=0.0)
+        if not (isinstance(parsed, TokenRefusal) and parsed.outcome == "client_refused"):
+            break
+    return answer
 
 
 # --- Answers
@@ -200,7 +231,8 @@ class TokenAnswer:
 
     ``scopes`` None: the answer names none, which means all that was asked for (RFC 6749 5.1); but where ``scopes_apply`` is
     False, this token has no scopes at all, and so none is missing. ``id_token`` is not verified yet. ``odd`` names members
-    that were malformed and count as absent: a grant is not given up for them.
+    that were malformed and count as absent: a grant is not given up for them. ``variables`` are what the provider's file
+    learns from an answer; whether they fit their patterns is not checked.
     """
 
     access_token: Secret
@@ -212,6 +244,7 @@ class TokenAnswer:
     id_token: Secret | None
     scopes_apply: bool = True
     odd: tuple[str, ...] = ()
+    variables: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,19 +325,26 @@ def _token_answer(oauth2: OAuth2, body: Mapping[str, Any], received_at: float) -
     applies = not access_token.reveal().startswith(oauth2.unscoped_prefixes)
     odd: list[str] = []
     lifetime = _lenient(body, "expires_in", _seconds, odd)
+    expires_at = _lenient(body, "expires_at", _moment, odd) if lifetime is None else received_at + lifetime
     refresh_lifetime = _lenient(body, "refresh_token_expires_in", _seconds, odd)
     scopes = _lenient(body, "scope", lambda value: _scopes(oauth2, value), odd) if applies else None
     return TokenAnswer(
         access_token=access_token,
         token_type="Bearer",  # noqa: S106 - a kind
-        expires_at=None if lifetime is None else received_at + lifetime,
+        expires_at=None if expires_at is None else min(expires_at, received_at + MAX_LIFETIME_SECONDS),
         refresh_token=_token(body, "refresh_token", MAX_TOKEN_LENGTH),
         refresh_expires_at=None if refresh_lifetime is None else received_at + refresh_lifetime,
         scopes=scopes,
-        id_token=_token(body, "id_token", MAX_ID_TOKEN_LENGTH) if oauth2.openid else None,
+        id_token=_lenient_token(body, "id_token", odd) if oauth2.openid else None,
         scopes_apply=applies,
         odd=tuple(odd),
+        variables=_variables(oauth2, body),
     )
+
+
+def _variables(oauth2: OAuth2, body: Mapping[str, Any]) -> dict[str, str]:
+    found = {name: body.get(member) for name, member in oauth2.token_variables.items()}
+    return {name: value for name, value in found.items() if isinstance(value, str)}
 
 
 def _lenient(body: Mapping[str, Any], name: str, read: Callable[[object], T | None], odd: list[str]) -> T | None:
@@ -319,6 +359,14 @@ def _lenient(body: Mapping[str, Any], name: str, read: Callable[[object], T | No
         return None
 
 
+def _lenient_token(body: Mapping[str, Any], name: str, odd: list[str]) -> Secret | None:
+    try:
+        return _token(body, name, MAX_ID_TOKEN_LENGTH)
+    except ValueError:
+        odd.append(name)
+        return None
+
+
 def _token(body: Mapping[str, Any], name: str, most: int) -> Secret | None:
     value = body.get(name)
     if value is None:
@@ -328,14 +376,21 @@ def _token(body: Mapping[str, Any], name: str, most: int) -> Secret | None:
     return Secret(value)
 
 
-def _seconds(value: object) -> float | None:
+def _seconds(value: object, most: float = MAX_LIFETIME_SECONDS) -> float | None:
     if value is None:
         return None
     if isinstance(value, str) and re.fullmatch(r"[0-9]{1,20}", value):
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
         raise ValueError("a lifetime is malformed")
-    return float(min(value, MAX_LIFETIME_SECONDS))
+    return float(min(value, most))
+
+
+def _moment(value: object) -> float | None:
+    """Read a point in time: RFC 3339, or seconds since 1970."""
+    if isinstance(value, str) and (found := epoch_of(value)) is not None:
+        return found
+    return _seconds(value, most=float("inf"))
 
 
 def _scopes(oauth2: OAuth2, value: object) -> tuple[str, ...] | None:

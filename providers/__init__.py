@@ -17,7 +17,15 @@ HEADER_NAME = re.compile(r"[A-Za-z0-9-]+")
 ERROR_CODE = re.compile(r"[a-z0-9_.-]{1,64}")
 FORBIDDEN_HEADERS = frozenset({"authorization", "cookie", "host", "content-length", "transfer-encoding", "connection"})
 HOST_BREAKERS = ("/", "@", ":", "#", "?", "\\", "%", " ", "\n")
-URL_FIELDS = ("authorize_url", "token_url", "revoke_url", "device_url", "userinfo_url", "jwks_url", "issuer")
+URL_FIELDS = (
+    *("authorize_url", "token_url", "refresh_url", "revoke_url", "device_url", "userinfo_url", "jwks_url"),
+    "issuer",
+)
+PARAMETER_NAME = re.compile(r"[a-z0-9_]{1,64}")
+TOKEN_PARAMS = frozenset(  # what the requests for tokens set themselves
+    {"grant_type", "code", "redirect_uri", "code_verifier", "refresh_token", "client_id", "client_secret"}
+    | {"client_assertion", "client_assertion_type", "device_code"}
+)
 
 
 class CatalogError(Exception):
@@ -69,8 +77,12 @@ def problems(provider: Provider) -> Iterator[str]:
     for variable in provider.variables:
         yield from _variable_problems(variable)
     yield from _header_problems("headers", provider.headers)
+    yield from _minting_problems(provider)
     if provider.oauth2 is not None:
         yield from _oauth2_problems(provider.oauth2)
+        learned = {*provider.oauth2.token_variables, *provider.oauth2.callback_variables}
+        if learned - {variable.name for variable in provider.variables if variable.learned}:
+            yield "a variable that is learned must be declared as such"
         if provider.identify is None and not provider.oauth2.openid:
             yield "without OpenID Connect, identify must say who consented"
 
@@ -80,11 +92,12 @@ def _url_problems(provider: Provider) -> Iterator[str]:
     if provider.oauth2 is not None:
         urls.update({name: url for name in URL_FIELDS if (url := getattr(provider.oauth2, name))})
     declared = {variable.name: variable.example for variable in provider.variables}
-    used = {name for url in urls.values() for name in PLACEHOLDER.findall(url)}
+    texts = {*urls.values(), *provider.headers.values()}
+    used = {name for text in texts for name in PLACEHOLDER.findall(text)}
     if used - declared.keys():
-        yield "a URL has a variable that is not declared"
+        yield "a URL or header has a variable that is not declared"
     if declared.keys() - used:
-        yield "a variable is declared that no URL has"
+        yield "a variable is declared that no URL and no header has"
     for name, url in urls.items():
         if not _https(PLACEHOLDER.sub(lambda found: declared.get(found[1], "x"), url)):
             yield f"{name} must be an https URL without credentials, query or fragment"
@@ -108,6 +121,16 @@ def _variable_problems(variable: Variable) -> Iterator[str]:
         yield f"the example of {variable.name} does not match its pattern"
     if any(pattern.fullmatch(f"{variable.example}{mark}{variable.example}") for mark in HOST_BREAKERS):
         yield f"the pattern of {variable.name} lets something through that ends or splits a host"
+    if variable.default and not pattern.fullmatch(variable.default):
+        yield f"the default of {variable.name} does not match its pattern"
+
+
+def _minting_problems(provider: Provider) -> Iterator[str]:
+    for kind, minting in provider.minting.items():
+        if not NAME.fullmatch(kind) or kind in {"oauth2", "api_key", "basic"}:
+            yield "a kind of minted credential must be of a-z, 0-9 and _, and not a kind that there is already"
+        if not all(PARAMETER_NAME.fullmatch(name) and name not in {"type", "scopes"} for name in minting.fields):
+            yield f"the fields of {kind} must be of a-z, 0-9 and _, and none may be called type or scopes"
 
 
 def _header_problems(what: str, headers: Mapping[str, str]) -> Iterator[str]:
@@ -135,6 +158,8 @@ def _oauth2_problems(oauth2: OAuth2) -> Iterator[str]:
         yield "an error's outcome must be transient, permanent or client_refused"
     if not oauth2.refresh.rotates and (oauth2.refresh.grace_seconds or not oauth2.refresh.keep_old):
         yield "a refresh token that does not rotate has no grace period, and is kept"
+    if TOKEN_PARAMS & {*oauth2.exchange_params, *oauth2.refresh.params}:
+        yield "exchange_params and refresh.params must not set what the request itself sets"
     yield from _header_problems("token_headers", oauth2.token_headers)
     yield from _scope_problems(oauth2)
 

@@ -31,6 +31,7 @@ from providers.spec import (
 
 T = TypeVar("T")
 MOST_REQUESTS = 5
+TOOLS = frozenset({"authoring", "client_auth", "minting", "signing", "spec", "verifying"})
 TOKENS = {"access token": "access-token-made-up", "refresh token": "refresh-token-made-up", "secret": "secret-made-up"}
 ANSWERS = (  # what a provider may say on a bad day, and on a good one
     Incoming(200, body=b"{}"),
@@ -55,7 +56,7 @@ TOKEN_ANSWERS: tuple[Mapping[str, Any], ...] = (
 
 def names() -> list[str]:
     """Return the modules beside this one that may be a provider's file, sorted."""
-    tools = {"authoring", "spec"}
+    tools = TOOLS
     return sorted(found.name for found in pkgutil.iter_modules(providers.__path__) if found.name not in tools)
 
 
@@ -210,7 +211,7 @@ def _origin(url: str) -> str:
 
 def skeleton(name: str) -> str:
     """Return a provider's file to begin with, which is valid as it stands; ``ValueError`` for what cannot be a name."""
-    if name in {"authoring", "spec"}:
+    if name in TOOLS:
         raise ValueError("this name is taken by a module that is no provider")
     if not NAME.fullmatch(name) or not name.isidentifier():
         raise ValueError("a provider's name is of a-z, 0-9 and _, and begins with a letter")

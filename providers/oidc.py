@@ -3,10 +3,12 @@
 Sources: OpenID Connect Core 1.0 and Discovery 1.0, RFC 7009, RFC 8414; Keycloak's discovery documents.
 """
 
+import secrets
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlencode
 
+from providers.client_auth import client_authentication
 from providers.spec import (
     Account,
     Credential,
@@ -18,7 +20,6 @@ from providers.spec import (
     ProviderAnswerError,
     Refresh,
     Revocation,
-    client_authentication,
 )
 
 
@@ -39,6 +40,13 @@ def userinfo(credential: Credential) -> Dialogue[Account]:
     return Account(subject, name if isinstance(name, str) else None, email if isinstance(email, str) else None)
 
 
+def proof(credential: Credential) -> tuple[dict[str, str], dict[str, str]]:
+    """Return the headers and form fields by which the client proves itself; ``ValueError`` when it cannot."""
+    audience = credential.urls.get("token_url", "")
+    client = (credential.client_id, credential.client_secret, credential.client_auth)
+    return client_authentication(*client, audience=audience, now=credential.at, unique=secrets.token_urlsafe(16))
+
+
 def revoke(credential: Credential) -> Dialogue[bool]:
     """Revoke refresh and access token (RFC 7009); True when nothing of the two is left alive.
 
@@ -51,7 +59,7 @@ def revoke(credential: Credential) -> Dialogue[bool]:
     if not url or not held:
         return False
     try:
-        headers, fields = client_authentication(credential.client_id, credential.client_secret, credential.client_auth)
+        headers, fields = proof(credential)
     except ValueError:
         return False
     headers = {"Content-Type": "application/x-www-form-urlencoded", "Accept": "application/json", **headers}

@@ -7,16 +7,13 @@ Nothing here knows the broker, a web framework, a database or a vault. A new slo
 
 from __future__ import annotations
 
-import base64
 import hmac
 import json
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, TypeVar
-from urllib.parse import quote_plus
 
 T = TypeVar("T")
-EMPTY: Mapping[str, Any] = {}
 RESERVED_AUTHORIZE_PARAMS = frozenset(  # what the flow itself sets in an authorization request, or never wants there
     {"client_id", "redirect_uri", "response_type", "response_mode", "scope", "state", "nonce", "code_challenge"}
     | {"code_challenge_method", "request", "request_uri"}
@@ -85,11 +82,16 @@ Dialogue: TypeAlias = Generator[Outgoing, Incoming, T]
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """Who consented, by the provider's own stable id (never an e-mail address)."""
+    """Who consented, by the provider's own stable id (never an e-mail address).
+
+    ``variables``: what the provider said besides that its URLs need, such as the id of a site; each must fit its
+    ``Variable``'s pattern, else it is left out.
+    """
 
     id: str
     name: str | None = None
     email: str | None = None
+    variables: Mapping[str, str] = field(default_factory=dict)
 
 
 ClientAuth = Literal["client_secret_basic", "client_secret_post", "private_key_jwt", "none"]
@@ -99,9 +101,9 @@ ClientAuth = Literal["client_secret_basic", "client_secret_post", "private_key_j
 class Credential:
     """What a provider's function may use: the client and the tokens it acts for, and the effective URLs.
 
-    ``urls`` by name: authorize_url, token_url, revoke_url, userinfo_url, jwks_url, device_url, issuer; ``""`` or absent:
-    there is none. ``hosts`` are the API bases by name. ``client_auth`` says how the client proves itself at token
-    and revocation endpoint.
+    ``urls`` by name: authorize_url, token_url, refresh_url, revoke_url, userinfo_url, jwks_url, device_url; ``""`` or
+    absent: there is none. ``hosts`` are the API bases by name; one whose variables are not known is left out.
+    ``client_auth`` says how the client proves itself at token and revocation endpoint. ``at``: now, seconds since 1970.
     """
 
     client_id: str
@@ -111,26 +113,8 @@ class Credential:
     urls: Mapping[str, str]
     hosts: Mapping[str, str]
     client_auth: ClientAuth = "client_secret_post"
-
-
-def client_authentication(
-    client_id: str, client_secret: Secret | None, auth: ClientAuth
-) -> tuple[dict[str, str], dict[str, str]]:
-    """Return the headers and the form fields by which a client proves itself (RFC 6749 2.3.1); pure.
-
-    Basic takes id and secret form-encoded, which many libraries leave out. ``ValueError`` when the secret is missing, or
-    for a method that is not supported yet.
-    """
-    if auth == "none":
-        return {}, {"client_id": client_id}
-    if auth == "private_key_jwt":
-        raise ValueError("private_key_jwt is not supported yet")
-    if client_secret is None:
-        raise ValueError("there is no client secret")
-    if auth == "client_secret_post":
-        return {}, {"client_id": client_id, "client_secret": client_secret.reveal()}
-    pair = f"{quote_plus(client_id)}:{quote_plus(client_secret.reveal())}"
-    return {"Authorization": f"Basic {base64.b64encode(pair.encode()).decode()}"}, {}
+    variables: Mapping[str, str] = field(default_factory=dict)
+    at: float = 0.0
 
 
 Kills = Literal["token", "grant", "project", "nothing"]
@@ -144,7 +128,8 @@ class Refresh:
     ``rotates``: whether a used refresh token stops to work. ``grace_seconds``: how long a used one still answers.
     ``keep_old``: an answer without a refresh token means "keep the one you have". ``idle_seconds``: an unused refresh
     token dies after that. ``lifetime_seconds`` with ``sliding``: its age limit, moved by each refresh or not.
-    ``expected``: this kind of app gets a refresh token when consent was really shown.
+    ``expected``: this kind of app gets a refresh token when consent was really shown. ``ends_access``: a refresh ends the
+    access token that it replaces at once. ``redirect_uri``: a refresh repeats it. ``params`` go into each refresh besides.
     """
 
     rotates: bool = True
@@ -154,6 +139,9 @@ class Refresh:
     idle_seconds: int | None = None
     lifetime_seconds: int | None = None
     sliding: bool = True
+    ends_access: bool = False
+    redirect_uri: bool = False
+    params: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,10 +170,18 @@ class OAuth2:
     ``scope_separators_in``: every character that separates scopes in an answer. ``unscoped_prefixes``: access tokens that
     begin so have permissions of another kind; a ``scope`` beside them says nothing. ``parse_token`` reshapes each decoded
     JSON object of the token endpoint, also an error, before it is checked.
+    ``refresh_url``: where refreshes go, when not to ``token_url``. ``pkce``: False only where a confidential client cannot
+    use it. ``scope_param``: the parameter's name in the authorization request, ``""`` where scopes are not asked for.
+    ``token_format``: how bodies for the token endpoint are written. ``exchange_params`` go into each code exchange besides.
+    ``device_auth``: how the client proves itself in a device flow, when otherwise than with ``client_auth``.
+    ``token_variables``: variable → member of the (reshaped) token answer that it is learned from; ``callback_variables``:
+    variable → parameter of the callback. ``verify_callback`` is pure: says whether the callback's parameters, as received,
+    were signed with the client secret; it is asked before anything is sent.
     """
 
     authorize_url: str = ""
     token_url: str = ""
+    refresh_url: str = ""
     revoke_url: str = ""
     device_url: str = ""
     userinfo_url: str = ""
@@ -205,10 +201,53 @@ class OAuth2:
     authorize_params: Mapping[str, str] = field(default_factory=dict)
     consent_params: Mapping[str, str] = field(default_factory=lambda: {"prompt": "consent"})
     token_headers: Mapping[str, str] = field(default_factory=dict)
+    token_format: Literal["form", "json"] = "form"  # noqa: S105 - a format
+    exchange_params: Mapping[str, str] = field(default_factory=dict)
+    pkce: bool = True
+    scope_param: str = "scope"
+    device_auth: ClientAuth | None = None
+    token_variables: Mapping[str, str] = field(default_factory=dict)
+    callback_variables: Mapping[str, str] = field(default_factory=dict)
+    verify_callback: Callable[[Sequence[tuple[str, str]], Secret], bool] | None = None
     error_outcomes: Mapping[str, Outcome] = field(default_factory=dict)
     refresh: Refresh = Refresh()
     parse_token: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
     revocation: Revocation | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Minter:
+    """What a token is minted with: the imported fields, the client, and the time.
+
+    ``material``: by the names that ``Minting.read`` returned. ``unique`` is random, for a ``jti``.
+    """
+
+    material: Mapping[str, Secret]
+    credential: Credential
+    scopes: tuple[str, ...]
+    now: float
+    unique: str
+
+
+@dataclass(frozen=True, slots=True)
+class Minting:
+    """Tokens that are minted again and again with a lasting secret, without a user's consent and without refresh tokens.
+
+    ``fields``: what an import brings beside ``type``, name → whether it is needed. ``read`` is pure: checks the values
+    (text, or JSON objects) and returns what is kept of them as text; ``ValueError`` (its text is shown, so it quotes
+    nothing) when they cannot be right. ``request`` is pure: builds and signs the request for a token; its origin must be
+    the token endpoint's or an API host's. ``parse_token`` as in ``OAuth2``; the answer is judged by the provider's
+    ``error_outcomes``. ``account``: whose token it is, from what ``read`` returned. ``uses_client``: the integration's
+    client id and secret take part.
+    """
+
+    title: str
+    request: Callable[[Minter], Outgoing]
+    fields: Mapping[str, bool] = field(default_factory=dict)
+    read: Callable[[Mapping[str, Any]], Mapping[str, str]] | None = None
+    parse_token: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
+    account: Callable[[Mapping[str, str]], Account] | None = None
+    uses_client: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,11 +268,17 @@ class Basic:
 
 @dataclass(frozen=True, slots=True)
 class Variable:
-    """A part of a host or path that each connection fills, such as ``{shop}``; ``pattern`` must match fully."""
+    """A part of a host or path that differs between connections, such as ``{shop}``; ``pattern`` must match fully.
+
+    It is given by a session, an import or the integration's ``config.variables``, else it is ``default``. ``learned``: it
+    is found out during the flow, so nobody has to give it, and a URL that has it is unknown before.
+    """
 
     name: str
     pattern: str
     example: str
+    default: str = ""
+    learned: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,8 +286,9 @@ class Provider:
     """One provider: everything that the broker has to know of it, and nothing about it stands anywhere else.
 
     ``hosts`` are the API bases by name, ``""`` the default one, each exactly what the vendor's SDK takes as its base URL.
-    ``identify`` asks who the account is when there is no ID token, or the ID token lacks it. ``env_prefix`` is set where
-    ``<PREFIX>_CLIENT_ID`` and ``<PREFIX>_CLIENT_SECRET`` in the environment make an integration of the provider's name.
+    ``minting``: other ways to obtain a token, by the ``type`` of an import. ``headers`` go with each proxied call and may
+    hold variables. ``identify`` asks who the account is when there is no ID token, or the ID token lacks it. ``env_prefix``
+    is set where ``<PREFIX>_CLIENT_ID`` and ``<PREFIX>_CLIENT_SECRET`` in the environment make an integration of the provider's name.
     """
 
     name: str
@@ -251,6 +297,7 @@ class Provider:
     oauth2: OAuth2 | None = None
     api_key: ApiKey | None = None
     basic: Basic | None = None
+    minting: Mapping[str, Minting] = field(default_factory=dict)
     hosts: Mapping[str, str] = field(default_factory=dict)
     headers: Mapping[str, str] = field(default_factory=dict)
     variables: tuple[Variable, ...] = ()
@@ -261,4 +308,4 @@ class Provider:
     def credential_types(self) -> tuple[str, ...]:
         """What can be imported: the ``type`` values of ``POST /v1/connections``."""
         kinds = (("oauth2", self.oauth2), ("api_key", self.api_key), ("basic", self.basic))
-        return tuple(name for name, kind in kinds if kind is not None)
+        return (*(name for name, kind in kinds if kind is not None), *self.minting)

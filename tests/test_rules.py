@@ -36,6 +36,7 @@ REVEALS: dict[str, str] = {
     "broker.cli.callers": "prints a new caller key, once",
     "broker.cli.processes": "checks the form of the admin key",
     "broker.connections": "keyed digest of a handed-out token for the audit record",
+    "broker.credentials.renewals": "keeps a renewed token for the vault",
     "broker.credentials.stored_secrets": "writes a token answer to the vault",
     "broker.demo.stage": "makes the admin key with which the guided run plays the operator",
     "broker.integrations": "writes a client secret to the vault, and its keyed digest to the row",

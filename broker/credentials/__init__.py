@@ -5,6 +5,7 @@ those above it::
 
     usable · stored_secrets      the row as it stands; the secret in the vault
     leases                       one writer at a time
+    renewals                     pure: the requests that renew a credential, and what is kept of the answer
     outcomes                     what a refresh came to, on the row
     journal                      the attempt, and the provider's raw answer
     claims                       claim, wait, hold, settle what a crash left
@@ -35,7 +36,7 @@ from broker.database import Database
 from broker.egress import Egress
 from broker.integrations import Configured, Integrations
 from broker.models import Connection
-from broker.refresh import Ask
+from broker.refresh import CONFIRM_SECONDS, Ask
 from broker.telemetry import Metrics
 from broker.vault import Vault
 from broker.vault.keyring import Sealer
@@ -77,19 +78,23 @@ class Credentials:
         wait_seconds: float = WAIT_SECONDS,
         live_wait_seconds: float = LIVE_WAIT_SECONDS,
         journal_seconds: float = JOURNAL_SECONDS,
+        confirm_seconds: float = CONFIRM_SECONDS,
     ) -> None:
         """Join the parts. ``lease_seconds``: how long a lease outlives what its holder is known to do.
 
         ``wait_seconds``: how long a caller waits for a refresh, its own or another's; ``live_wait_seconds``: and how long
         while there is a live token to serve. ``journal_seconds``: how long an answer is kept in memory while the database
-        does not take it.
+        does not take it. ``confirm_seconds``: between a first refusal that would end the grant and asking once more.
         """
         waits = {"lease_seconds": lease_seconds, "wait_seconds": wait_seconds}
         stored = StoredSecrets(database, vault)
-        outcomes = Outcomes(database, stored, integrations, audit, metrics)
+        outcomes = Outcomes(database, stored, integrations, audit, metrics, confirm_seconds=confirm_seconds)
         journal = Journal(database, stored, sealer, outcomes, keep_seconds=journal_seconds)
         claims = Claims(database, outcomes, journal, **waits)
-        refreshing = Refreshing(database, stored, egress, integrations, audit, claims, journal, outcomes, **waits)
+        parts = (database, stored, egress, integrations, audit, claims, journal, outcomes)
+        refreshing = Refreshing(
+            *parts, lease_seconds=lease_seconds, wait_seconds=wait_seconds, confirm_seconds=confirm_seconds
+        )
         self._wait_seconds = wait_seconds
         self._stored = stored
         self._claims = claims

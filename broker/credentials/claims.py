@@ -71,7 +71,7 @@ class Claims:
         except IntegrityError:
             return None  # two first claims at once: the other one has it
         if claimed is not None and verdict is not None:
-            self._outcomes.tell(claimed.row, verdict, cut_off=True)
+            self._outcomes.tell(claimed, verdict, cut_off=True)
         return claimed
 
     @contextlib.asynccontextmanager

@@ -14,13 +14,20 @@ from sqlmodel import Session
 
 from broker.credentials.leases import Claimed, Lease, extend_lease, require_lease
 from broker.credentials.outcomes import Outcomes
+from broker.credentials.renewals import renewal_key
 from broker.credentials.stored_secrets import StoredSecrets, secret_owner, sha256_hex
 from broker.credentials.usable import read_row
 from broker.database import Database, now
-from broker.errors import DatabaseUnavailable, ReauthorizationRequired, SecretStoreUnavailable, UpstreamInvalid
+from broker.errors import (
+    DatabaseUnavailable,
+    ProviderUnavailable,
+    ReauthorizationRequired,
+    SecretStoreUnavailable,
+    UpstreamInvalid,
+)
 from broker.models import RefreshAttempt, RefreshJournal
-from broker.refresh import failure_of, wait_for
-from broker.token_endpoint import TokenAnswer, parse_answer
+from broker.refresh import Verdict, failure_of, wait_for
+from broker.token_endpoint import TokenAnswer, TokenRefusal, parse_answer
 from broker.vault import SecretUnreadable
 from broker.vault.keyring import Sealer
 from providers.spec import Incoming
@@ -28,9 +35,13 @@ from providers.spec import Incoming
 log = structlog.get_logger()
 
 
+class RefusedOnce(ProviderUnavailable):
+    """The provider said, for the first time, that the grant is dead: ask once more before believing it."""
+
+
 @dataclass(frozen=True, slots=True)
 class SentToken:
-    """By what digests the refresh token that is sent is known: keyed, for the rows; bare, only ever sealed."""
+    """By what digests the secret that a renewal is made with is known: keyed, for the rows; bare, only ever sealed."""
 
     keyed_digest: str
     sha256: str
@@ -53,6 +64,16 @@ def write_attempt(session: Session, lease: Lease, token: SentToken, *, lasts_sec
         connection_id=lease.connection_id, fence=lease.fence, token_digest=token.keyed_digest, sent_at=at
     )
     session.merge(attempt)
+
+
+def _in_a_callers_terms(verdict: Verdict, refusal: TokenRefusal, at: float) -> Exception:
+    if verdict.lost:
+        return ReauthorizationRequired(status_reason=verdict.reason)
+    if verdict.ask_again:
+        return RefusedOnce("the provider refused the refresh; it is asked once more", headers={"Retry-After": "2"})
+    if refusal.outcome == "transient":
+        return wait_for(verdict.tally.not_before_at or at, at)
+    return UpstreamInvalid("the provider refused the refresh: see status_reason of the connection")
 
 
 class Journal:
@@ -100,27 +121,24 @@ class Journal:
     async def settle(self, claimed: Claimed, journal: RefreshJournal) -> None:
         """Act on a journalled answer: store the new token, or record what the refusal means. Needs no network.
 
-        Raises ReauthorizationRequired, ProviderUnavailable or UpstreamInvalid for a refusal; LeaseLost,
+        Raises RefusedOnce, ReauthorizationRequired, ProviderUnavailable or UpstreamInvalid for a refusal; LeaseLost,
         DatabaseUnavailable and SecretStoreUnavailable leave the journal for the next one who claims.
         """
         row = claimed.row
         oauth2 = self._outcomes.oauth2_of(row)
         answer, for_sha256 = await self._opened(journal)
-        old = (await self._stored.open(row)).get("refresh_token")
-        if old is None or not hmac.compare_digest(sha256_hex(old), for_sha256):
+        old_value = await self._stored.open(row)
+        key = renewal_key(old_value)
+        if key is None or not hmac.compare_digest(sha256_hex(key), for_sha256):
             log.warning("refresh.journal_dropped", connection_id=row.id, fence=journal.fence)
             await self._outcomes.drop(claimed.lease)  # the secret was replaced otherwise, by a consent or an import
             return
         parsed = parse_answer(oauth2, answer, received_at=journal.received_at)
         if isinstance(parsed, TokenAnswer):
-            await self._outcomes.store(claimed, parsed, received_at=journal.received_at, old_refresh_token=old)
+            await self._outcomes.store(claimed, parsed, received_at=journal.received_at, old_value=old_value)
             return
         verdict = await self._outcomes.fail(claimed, failure_of(oauth2.refresh, parsed, status=answer.status))
-        if verdict.lost:
-            raise ReauthorizationRequired
-        if parsed.outcome == "transient":
-            raise wait_for(verdict.tally.not_before_at or claimed.now, claimed.now)
-        raise UpstreamInvalid("the provider refused the refresh: see status_reason of the connection")
+        raise _in_a_callers_terms(verdict, parsed, claimed.now)
 
     async def replay(self, claimed: Claimed, journal: RefreshJournal) -> Claimed:
         """Settle a journal that a crash left, and return what the row has become (as ``settle`` raises)."""

@@ -12,7 +12,8 @@ from sqlmodel import Session, col
 
 from broker.audit import Audit, Entry
 from broker.credentials.leases import Claimed, Lease, LeaseLost, require_lease
-from broker.credentials.stored_secrets import StoredSecrets, oauth_value
+from broker.credentials.renewals import dialogue_of, renewable, renewed_value
+from broker.credentials.stored_secrets import StoredSecrets
 from broker.database import Database, now
 from broker.integrations import Integrations
 from broker.models import Connection, RefreshAttempt, RefreshJournal
@@ -28,38 +29,54 @@ class Outcomes:
     """Records how attempts ended. LeaseLost when the fence moved on: then nothing is written."""
 
     def __init__(
-        self, database: Database, stored: StoredSecrets, integrations: Integrations, audit: Audit, metrics: Metrics
+        self,
+        database: Database,
+        stored: StoredSecrets,
+        integrations: Integrations,
+        audit: Audit,
+        metrics: Metrics,
+        *,
+        confirm_seconds: float,
     ) -> None:
-        """Keep the parts."""
+        """Keep the parts; the seconds are those of ``Credentials``."""
         self._database = database
         self._stored = stored
         self._integrations = integrations
         self._audit = audit
         self._metrics = metrics
+        self._confirm_seconds = confirm_seconds
 
     def oauth2_of(self, row: Connection) -> OAuth2:
-        """Return the provider's OAuth dialogue, as its file has it; a default one for a provider that is gone."""
-        provider = self._integrations.catalog.get(row.provider)
-        return provider.oauth2 if provider is not None and provider.oauth2 is not None else OAuth2()
+        """Return the rules by which an answer to a renewal of this connection is judged."""
+        return dialogue_of(self._integrations.catalog.get(row.provider), row.credential_type)
 
-    async def store(self, claimed: Claimed, answer: TokenAnswer, *, received_at: float, old_refresh_token: str) -> None:
-        """Put a new token into the vault, then let the row name it."""
+    async def store(
+        self, claimed: Claimed, answer: TokenAnswer, *, received_at: float, old_value: Mapping[str, Any]
+    ) -> None:
+        """Put a new token into the vault, then let the row name it. ``old_value``: the secret that was renewed."""
         row, oauth2 = claimed.row, self.oauth2_of(claimed.row)
-        kept = old_refresh_token if oauth2.refresh.keep_old else None
-        value = oauth_value(answer, received_at=received_at, old_refresh_token=kept)
+        value = renewed_value(old_value, answer, received_at=received_at, keep_old=oauth2.refresh.keep_old)
         version = await self._stored.put(row.id, value, expected_version=row.secret_version)
         changes = {
             **_changes(oauth2, row, answer, received_at=received_at),
             "secret_version": version,
-            "refreshable": "refresh_token" in value,
+            "refreshable": renewable(value),
         }
         await self._record(claimed.lease, changes, system_entry("connection.refreshed", row, version=version))
         self._metrics.refresh_outcome(row.provider, "ok")
-        rotated = answer.refresh_token is not None and value["refresh_token"] != old_refresh_token
-        log.info("refresh.stored", connection_id=row.id, provider=row.provider, version=version, rotated=rotated)
+        late_seconds = None if row.token_expires_at is None else round(received_at - row.token_expires_at, 1)
+        log.info(
+            "refresh.stored",
+            **_story(claimed),
+            version=version,
+            rotated=value.get("refresh_token") != old_value.get("refresh_token"),
+            expires_in=None if answer.expires_at is None else round(answer.expires_at - received_at),
+            after_expiry_seconds=late_seconds,  # negative: in time
+            after_failures=row.refresh_failures,
+        )
         if answer.odd:
             log.warning("refresh.odd_answer", connection_id=row.id, provider=row.provider, members=list(answer.odd))
-        if "refresh_token" not in value:
+        if not renewable(value):
             log.warning("refresh.no_refresh_token", connection_id=row.id, provider=row.provider)
 
     async def drop(self, lease: Lease) -> None:
@@ -73,7 +90,7 @@ class Outcomes:
             return self.judge(session, _finished(session, claimed.lease), failure, now(session))
 
         verdict = await self._database.transaction(work)
-        self.tell(claimed.row, verdict, cut_off=False)
+        self.tell(claimed, verdict, cut_off=False)
         return verdict
 
     def judge(self, session: Session, row: Connection, failure: Failure, at: float) -> Verdict:
@@ -81,13 +98,18 @@ class Outcomes:
         verdict = after_attempt(
             self.oauth2_of(row).refresh,
             failure,
-            Tally(row.refresh_failures, row.unknown_outcomes, row.refresh_not_before_at),
+            Tally(row.refresh_failures, row.unknown_outcomes, row.refresh_not_before_at, row.refusals),
             expires_at=row.token_expires_at,
             now=at,
             random_share=random.random(),  # noqa: S311 - spreading, not secrecy
+            confirm_seconds=self._confirm_seconds,
         )
         tally = verdict.tally
-        row.refresh_failures, row.unknown_outcomes = tally.failures, tally.unknown_outcomes
+        row.refresh_failures, row.unknown_outcomes, row.refusals = (
+            tally.failures,
+            tally.unknown_outcomes,
+            tally.refusals,
+        )
         row.refresh_not_before_at = tally.not_before_at
         entries: list[Entry] = []
         if row.status == "active":  # what is frozen or revoked stays so
@@ -99,18 +121,18 @@ class Outcomes:
         self._audit.append(session, *entries)
         return verdict
 
-    def tell(self, row: Connection, verdict: Verdict, *, cut_off: bool) -> None:
+    def tell(self, claimed: Claimed, verdict: Verdict, *, cut_off: bool) -> None:
         """Count and log a failure, once its transaction is through. ``cut_off``: a crash left it."""
         outcome = "lost" if verdict.lost else verdict.reason
-        self._metrics.refresh_outcome(row.provider, outcome)
+        self._metrics.refresh_outcome(claimed.row.provider, outcome)
         log.warning(
             "refresh.lost" if verdict.lost else "refresh.failed",
-            connection_id=row.id,
-            provider=row.provider,
+            **_story(claimed),
             reason=verdict.reason,
             cut_off=cut_off,
             failures=verdict.tally.failures,
             unknown_outcomes=verdict.tally.unknown_outcomes,
+            refusals=verdict.tally.refusals,
             again_at=verdict.tally.not_before_at,
         )
 
@@ -125,6 +147,17 @@ class Outcomes:
             self._audit.append(session, *entries)
 
         await self._database.transaction(work)
+
+
+def _story(claimed: Claimed) -> dict[str, Any]:
+    """Return what every line about one refresh has, so that its lines can be found together."""
+    row = claimed.row
+    return {
+        "connection_id": row.id,
+        "integration": row.integration,
+        "provider": row.provider,
+        "fence": claimed.lease.fence,
+    }
 
 
 def system_entry(action: str, row: Connection, **detail: Any) -> Entry:  # noqa: ANN401 - JSON values
@@ -147,6 +180,7 @@ def _changes(oauth2: OAuth2, row: Connection, answer: TokenAnswer, *, received_a
         "refresh_failures": 0,
         "refresh_not_before_at": None,
         "unknown_outcomes": 0,
+        "refusals": 0,
     }
     if answer.scopes is not None:
         changes["scopes"] = list(granted_scopes(oauth2, row.scopes, answer))

@@ -14,9 +14,10 @@ import structlog
 
 from broker.audit import Audit
 from broker.credentials.claims import Claims
-from broker.credentials.journal import Answered, Journal, SentToken, write_attempt
+from broker.credentials.journal import Answered, Journal, RefusedOnce, SentToken, write_attempt
 from broker.credentials.leases import Claimed, LeaseLost
 from broker.credentials.outcomes import Outcomes
+from broker.credentials.renewals import Renewal, minting_of, renewal_key, requests_for
 from broker.credentials.stored_secrets import StoredSecrets, sha256_hex
 from broker.credentials.usable import require_pinned, require_same_client, require_usable
 from broker.database import Database
@@ -30,11 +31,11 @@ from broker.errors import (
     UpstreamInvalid,
     UpstreamTimeout,
 )
-from broker.integrations import Integrations
+from broker.integrations import Configured, Integrations
 from broker.models import Connection
 from broker.refresh import Failure, wait_for
-from broker.token_endpoint import TokenRefusal, parse_answer, refresh_request
-from providers.spec import Incoming, OAuth2, Outgoing, Secret
+from broker.token_endpoint import Client, first_not_refused
+from providers.spec import Incoming, OAuth2, Outgoing
 
 log = structlog.get_logger()
 
@@ -65,6 +66,7 @@ class Refreshing:
         *,
         lease_seconds: float,
         wait_seconds: float,
+        confirm_seconds: float,
     ) -> None:
         """Keep the parts; the seconds are those of ``Credentials``."""
         self._database = database
@@ -77,6 +79,7 @@ class Refreshing:
         self._outcomes = outcomes
         self._lease_seconds = lease_seconds
         self._wait_seconds = wait_seconds
+        self._confirm_seconds = confirm_seconds
         self._running: dict[tuple[str, int], asyncio.Task[None]] = {}
 
     async def once(self, connection_id: str, seen_version: int, patience_seconds: float) -> None:
@@ -117,28 +120,36 @@ class Refreshing:
         while (claimed := await self._claims.claim_or_follow(connection_id, seen_version, deadline)) is not None:
             try:
                 async with self._claims.released(claimed.lease):
-                    await self._act(claimed, seen_version)
+                    await self._confirmed(claimed, seen_version)
             except LeaseLost:
                 log.warning("refresh.lease_lost", connection_id=connection_id, fence=claimed.lease.fence)
                 continue  # somebody else is at it: follow them
             return
 
-    async def _act(self, claimed: Claimed, seen_version: int) -> None:
+    async def _confirmed(self, claimed: Claimed, seen_version: int) -> None:
+        """Act; and once more, a moment later, where the provider said for the first time that the grant is dead."""
+        try:
+            await self._act(claimed, seen_version)
+        except RefusedOnce:
+            await asyncio.sleep(self._confirm_seconds)
+            await self._act(await self._journal.reread(claimed), seen_version, confirming=True)
+
+    async def _act(self, claimed: Claimed, seen_version: int, *, confirming: bool = False) -> None:
         over = False
         if claimed.journal is not None:
             claimed = await self._journal.replay(claimed, claimed.journal)
             ends_at = claimed.row.token_expires_at
             over = ends_at is not None and ends_at <= claimed.now  # the answer waited longer than its token lives
         if over or claimed.row.secret_version == seen_version:
-            await self._send(claimed)
+            await self._send(claimed, confirming=confirming)
 
-    async def _send(self, claimed: Claimed) -> None:
+    async def _send(self, claimed: Claimed, *, confirming: bool) -> None:
         row = claimed.row
         require_usable(row)
-        if row.refresh_not_before_at is not None and row.refresh_not_before_at > claimed.now:
+        if not confirming and row.refresh_not_before_at is not None and row.refresh_not_before_at > claimed.now:
             raise wait_for(row.refresh_not_before_at, claimed.now)
         try:
-            prepared = await self._prepared(row)
+            prepared = await self._prepared(row, claimed.now)
         except (ProviderUnavailable, UpstreamInvalid, EgressDenied) as error:
             await self._outcomes.fail(claimed, Failure("not_sent", "not_sent"))
             raise _as_provider_error(error) from None
@@ -146,27 +157,27 @@ class Refreshing:
         journal = await self._journal.keep(claimed.lease, prepared.token, answered)
         await self._journal.settle(claimed, journal)
 
-    async def _prepared(self, row: Connection) -> _Prepared:
+    async def _prepared(self, row: Connection, at: float) -> _Prepared:
         """Gather all that a refresh needs, so that nothing but the network can fail once the attempt is written."""
-        configured = await self._integrations.configured(row.integration)
+        configured = await self._integrations.configured(row.integration, variables=row.variables)
         require_pinned(row, configured)
-        require_same_client(row, configured)
-        token = (await self._stored.open(row)).get("refresh_token")
-        if token is None:
+        value = await self._stored.open(row)
+        key = renewal_key(value)
+        if key is None:
             raise ReauthorizationRequired
-        client = await self._integrations.client(configured)
-        requests = tuple(
-            refresh_request(
-                configured.oauth2,
-                token_url=configured.endpoints.urls["token_url"],
-                client=client,
-                secret=secret,
-                refresh_token=Secret(token),
-            )
-            for secret in client.secrets or (None,)
-        )
-        sent = SentToken(self._audit.digest(token), sha256_hex(token))
-        return _Prepared(requests, configured.oauth2, sent, configured.config.timeout_seconds)
+        client = await self._client(row, configured)
+        redirect_uri = self._integrations.redirect_uri(row.integration)
+        requests = requests_for(Renewal(row, value, configured, client, redirect_uri, at))
+        sent = SentToken(self._audit.digest(key), sha256_hex(key))
+        return _Prepared(requests, self._outcomes.oauth2_of(row), sent, configured.config.timeout_seconds)
+
+    async def _client(self, row: Connection, configured: Configured) -> Client:
+        """Return the client that takes part in a renewal: the integration's, unless a token is minted without it."""
+        minting = minting_of(configured.provider, row.credential_type)
+        if minting is not None and not minting.uses_client:
+            return Client(configured.row.client_id, (), "none")
+        require_same_client(row, configured)
+        return await self._integrations.client(configured)
 
     async def _answered(self, claimed: Claimed, prepared: _Prepared) -> Answered:
         """Write the attempt, then send; a failure is recorded and raised in a caller's terms."""
@@ -192,17 +203,14 @@ class Refreshing:
 
     async def _ask_provider(self, prepared: _Prepared, deadline: float) -> Incoming:
         """Send with each live client secret, newest first, until one is not refused; all before the ``deadline``."""
-        answer: Incoming | None = None
-        for request in prepared.requests:
+
+        async def send(request: Outgoing) -> Incoming:
             left_seconds = deadline - time.monotonic()
             if left_seconds <= 0:  # this process slept: the lease may be another's soon
                 raise NotSent("The time for this refresh is over")
-            answer = await self._egress.send(request, timeout_seconds=left_seconds)
-            parsed = parse_answer(prepared.oauth2, answer, received_at=0.0)
-            if not (isinstance(parsed, TokenRefusal) and parsed.outcome == "client_refused"):
-                break
-        assert answer is not None  # noqa: S101 - the loop runs at least once
-        return answer
+            return await self._egress.send(request, timeout_seconds=left_seconds)
+
+        return await first_not_refused(prepared.oauth2, prepared.requests, send)
 
 
 def _as_provider_error(error: BrokerError) -> BrokerError:

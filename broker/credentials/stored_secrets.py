@@ -35,9 +35,9 @@ def sha256_hex(token: str) -> str:
     return hashlib.sha256(token.encode()).hexdigest()
 
 
-def oauth_value(answer: TokenAnswer, *, received_at: float, old_refresh_token: str | None = None) -> dict[str, Any]:
-    """Return what the vault keeps of a token answer; ``old_refresh_token`` stays when none came."""
-    refresh = answer.refresh_token.reveal() if answer.refresh_token is not None else old_refresh_token
+def oauth_value(answer: TokenAnswer, *, received_at: float) -> dict[str, Any]:
+    """Return what the vault keeps of the answer to a first exchange."""
+    refresh = answer.refresh_token.reveal() if answer.refresh_token is not None else None
     lifetime = None if answer.expires_at is None else answer.expires_at - received_at
     value: dict[str, Any] = {"type": "oauth2", "access_token": answer.access_token.reveal(), "token_type": "Bearer"}
     value.update({"lifetime_seconds": lifetime} if lifetime is not None else {})
@@ -46,10 +46,13 @@ def oauth_value(answer: TokenAnswer, *, received_at: float, old_refresh_token: s
 
 
 def bearer_of(value: Mapping[str, Any]) -> str:
-    """Return what is put behind the scheme of an Authorization header: token, key, or the encoded Basic pair."""
+    """Return what is put behind the scheme of an Authorization header: token, key, or the encoded Basic pair.
+
+    ``""`` for a token that was not minted yet: nobody gets that, because it is over by its row.
+    """
     if value["type"] == "basic":
         return base64.b64encode(f"{value['username']}:{value['password']}".encode()).decode()
-    return str(value["api_key"] if value["type"] == "api_key" else value["access_token"])
+    return str(value["api_key"] if value["type"] == "api_key" else value.get("access_token", ""))
 
 
 class StoredSecrets:

@@ -196,9 +196,12 @@ class Integrations:
         status = status_of(row, known=known, has_secret=has_secret, needs_client=needs_client, at=at)
         return View(row, status, tuple(secret_ids), row.test_error if known else NO_PROVIDER)
 
-    async def configured(self, name: str, *, endpoints: Endpoints | None = None) -> Configured:
+    async def configured(
+        self, name: str, *, endpoints: Endpoints | None = None, variables: Mapping[str, str] | None = None
+    ) -> Configured:
         """Return an integration with its endpoints, discovering them if need be, or with the given ones.
 
+        ``variables``: those of the connection or flow that it is for. What needs others is not among the endpoints.
         Raises NotFound; Conflict when its provider is no longer in the catalog; ProviderUnavailable or UpstreamInvalid
         when discovery fails.
         """
@@ -209,13 +212,15 @@ class Integrations:
             raise Conflict(NO_PROVIDER)
         provider = self.catalog[row.provider]
         config = IntegrationConfig.model_validate(row.config)
-        return Configured(row, provider, config, endpoints or await self._endpoints(provider, config))
+        return Configured(row, provider, config, endpoints or await self._endpoints(provider, config, variables))
 
-    async def _endpoints(self, provider: Provider, config: IntegrationConfig) -> Endpoints:
+    async def _endpoints(
+        self, provider: Provider, config: IntegrationConfig, variables: Mapping[str, str] | None
+    ) -> Endpoints:
         discovered: Mapping[str, Any] = {}
         if config.issuer and provider.oauth2 is not None and provider.oauth2.discovery:
             discovered = await self._discover(config.issuer)
-        return static_endpoints(provider, config, discovered)
+        return static_endpoints(provider, config, discovered, variables)
 
     async def _discover(self, issuer: str) -> Mapping[str, Any]:
         known = self._discovered.get(issuer)

@@ -11,13 +11,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from broker.egress import origin_of
 from broker.errors import FieldError, InvalidRequest
-from providers.spec import RESERVED_AUTHORIZE_PARAMS, ClientAuth, OAuth2, Provider
+from providers import PLACEHOLDER
+from providers.spec import RESERVED_AUTHORIZE_PARAMS, ClientAuth, OAuth2, Provider, Variable
 
 NAME_PATTERN = r"[a-z0-9][a-z0-9_-]{0,62}"
-URL_FIELDS = ("authorize_url", "token_url", "revoke_url", "device_url", "jwks_url", "userinfo_url")
-ENDPOINT_FIELDS = (*URL_FIELDS, "issuer", "api_base_url", "hosts")
+URL_FIELDS = (*("authorize_url", "token_url", "refresh_url", "revoke_url", "device_url", "jwks_url", "userinfo_url"),)
+ENDPOINT_FIELDS = (*URL_FIELDS, "issuer", "api_base_url", "hosts", "variables")
+PINNED_URLS = ("token_url", "refresh_url", "revoke_url", "userinfo_url")
 Url = Annotated[str, Field(min_length=1, max_length=2048)]
 HostName = Annotated[str, Field(pattern=r"^([a-z0-9][a-z0-9_-]{0,30})?\z")]
+VariableName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,31}\z")]
 ParameterName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}\z")]
 ParameterValue = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]{0,512}\z")]
 Status = Annotated[int, Field(ge=400, le=599)]
@@ -71,12 +74,14 @@ class IntegrationConfig(BaseModel):
     issuer: Url | None = None
     authorize_url: Url | None = None
     token_url: Url | None = None
+    refresh_url: Url | None = None
     revoke_url: Url | None = None
     device_url: Url | None = None
     jwks_url: Url | None = None
     userinfo_url: Url | None = None
     api_base_url: Url | None = None
     hosts: Annotated[dict[HostName, Url], Field(max_length=50)] | None = None
+    variables: dict[VariableName, ParameterValue] = Field(default_factory=dict, max_length=20)
     client_auth: Literal["client_secret_basic", "client_secret_post", "private_key_jwt", "none"] | None = None
     authorize_params: dict[ParameterName, ParameterValue] = Field(default_factory=dict, max_length=50)
     confirm: Literal["always", "without_session"] = "always"
@@ -102,7 +107,7 @@ class Endpoints:
     @property
     def origins(self) -> dict[str, str]:
         """The origin of each place that a credential may go to: what a connection pins."""
-        places = {name.removesuffix("_url"): self.urls[name] for name in ("token_url", "revoke_url", "userinfo_url")}
+        places = {name.removesuffix("_url"): self.urls[name] for name in PINNED_URLS}
         places.update({f"api:{name}": url for name, url in self.hosts.items()})
         return {name: origin_of(url) for name, url in places.items() if url}
 
@@ -146,7 +151,7 @@ def _url_problems(config: IntegrationConfig, *, development: bool) -> list[Field
 
 def _good_url(url: str, *, development: bool) -> bool:
     try:
-        origin = origin_of(url)
+        origin = origin_of(PLACEHOLDER.sub("x", url))
     except ValueError:
         return False
     return "#" not in url and (origin.startswith("https://") or (development and origin.startswith("http://")))
@@ -156,8 +161,12 @@ def _config_problems(config: IntegrationConfig, provider: Provider) -> list[Fiel
     problems = []
     if RESERVED_AUTHORIZE_PARAMS & config.authorize_params.keys():
         problems.append(FieldError("/config/authorize_params", "must not set a parameter that the flow itself sets"))
-    if config.client_auth == "private_key_jwt":
-        problems.append(FieldError("/config/client_auth", "private_key_jwt is not supported yet"))
+    declared = {variable.name: variable for variable in provider.variables}
+    for name, value in config.variables.items():
+        if name not in declared:
+            problems.append(FieldError("/config/variables", "names a variable that this provider does not have"))
+        elif not fits(declared[name], value):
+            problems.append(FieldError(f"/config/variables/{name}", f"must look like {declared[name].example}"))
     if provider.oauth2 is None:
         return problems
     known = config.issuer and provider.oauth2.discovery
@@ -166,17 +175,50 @@ def _config_problems(config: IntegrationConfig, provider: Provider) -> list[Fiel
     return problems
 
 
-def static_endpoints(provider: Provider, config: IntegrationConfig, discovered: Mapping[str, Any]) -> Endpoints:
-    """Merge the provider's file, what was discovered and the overrides, in that order of strength (pure)."""
-    oauth2 = provider.oauth2 or OAuth2()
+def fits(variable: Variable, value: str) -> bool:
+    """Say whether a value may stand for a variable in a URL (pure)."""
+    return re.fullmatch(variable.pattern, value) is not None
+
+
+def known_variables(
+    provider: Provider, config: IntegrationConfig, given: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """Return the variables that are known and fit: a connection's own, else the integration's, else the default (pure)."""
+    found = {}
+    for variable in provider.variables:
+        value = (given or {}).get(variable.name) or config.variables.get(variable.name) or variable.default
+        if value and fits(variable, value):
+            found[variable.name] = value
+    return found
+
+
+def filled(url: str, variables: Mapping[str, str]) -> str:
+    """Return a URL with its variables put in; ``""`` when one of them is not known (pure)."""
+    text = PLACEHOLDER.sub(lambda name: variables.get(name[1], name[0]), url)
+    return "" if PLACEHOLDER.search(text) else text
+
+
+def static_endpoints(
+    provider: Provider,
+    config: IntegrationConfig,
+    discovered: Mapping[str, Any],
+    variables: Mapping[str, str] | None = None,
+) -> Endpoints:
+    """Merge the provider's file, what was discovered and the overrides, in that order of strength (pure).
+
+    ``variables`` are a connection's. What needs one that is not known is left out: the URL is empty, the host absent.
+    """
+    oauth2, known = provider.oauth2 or OAuth2(), known_variables(provider, config, variables)
     urls = {}
     for name in URL_FIELDS:
-        urls[name] = getattr(config, name) or discovered.get(name) or getattr(oauth2, name)
-    hosts = {**provider.hosts, **(config.hosts or {})}
+        urls[name] = filled(getattr(config, name) or discovered.get(name) or getattr(oauth2, name), known)
+    templates = {**provider.hosts, **(config.hosts or {})}
     if config.api_base_url:
-        hosts[""] = config.api_base_url
+        templates[""] = config.api_base_url
+    hosts = {name: url for name, template in templates.items() if (url := filled(template, known))}
     moved = config.authorize_url is not None and not oauth2.discovery
     issuer = config.issuer or cast("str", discovered.get("issuer", "")) or ("" if moved else oauth2.issuer)
+    issuer = filled(issuer, known)
     auth = config.client_auth or discovered.get("client_auth") or oauth2.client_auth
     required = oauth2.callback_iss == "required" or bool(discovered.get("iss_in_callback"))
     return Endpoints(urls, hosts, issuer, cast("ClientAuth", auth), required)

@@ -69,6 +69,7 @@ async def _client(integrations: Integrations, egress: Egress, configured: Config
             code=Secret(f"made-up-{secrets.token_hex(8)}"),
             redirect_uri=integrations.redirect_uri(configured.row.name),
             verifier=new_verifier(),
+            now=time.time(),
         )
         answer = await egress.send(request, timeout_seconds=configured.config.timeout_seconds)
     except BrokerError as error:

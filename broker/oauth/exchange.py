@@ -73,6 +73,7 @@ class Exchange:
                 code=code,
                 redirect_uri=flow.redirect_uri,
                 verifier=verifier,
+                now=await self._database.read(now),
             )
             try:
                 answer = await self._egress.send(request, timeout_seconds=configured.config.timeout_seconds)

@@ -182,8 +182,9 @@ def test_law_of_resending(refresh: Refresh, history: list[tuple[Kind, float, flo
         if verdict.lost:
             assert kind == "permanent" or (kind == "unknown" and refresh.rotates)
             assert verdict.reason == ("refresh_outcome_unknown" if tally.unknown_outcomes else "permanent")
+            assert kind != "permanent" or tally.refusals == 2  # the provider said it twice
             return
-        assert kind != "permanent"
+        assert verdict.ask_again == (kind == "permanent")
         assert tally.not_before_at is not None
         longest = max(now + 900, expires_at or 0)
         assert now <= tally.not_before_at <= longest
@@ -258,3 +259,18 @@ def test_backoff_doubles() -> None:
 def test_the_wait_is_told_in_whole_seconds() -> None:
     assert wait_for(NOW + 2.5, NOW).headers == {"Retry-After": "3"}
     assert wait_for(NOW - 9, NOW).headers == {"Retry-After": "1"}
+
+
+def test_a_grant_is_given_up_only_when_the_provider_said_so_twice() -> None:
+    first = after_attempt(
+        STRICT, Failure("permanent", "invalid_grant"), Tally(), expires_at=None, now=NOW, random_share=0.5
+    )
+    assert (first.lost, first.ask_again, first.tally.refusals) == (False, True, 1)
+    between = after_attempt(
+        STRICT, Failure("transient", "temporarily_unavailable"), first.tally, expires_at=None, now=NOW, random_share=0.5
+    )
+    assert (between.lost, between.tally.refusals) == (False, 1)
+    second = after_attempt(
+        STRICT, Failure("permanent", "invalid_grant"), between.tally, expires_at=None, now=NOW, random_share=0.5
+    )
+    assert (second.lost, second.reason) == (True, "invalid_grant")

@@ -15,6 +15,8 @@ from urllib.parse import parse_qs, parse_qsl, urlsplit
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from joserfc import jwt
+from joserfc.jwk import ECKey
 
 from broker.egress import NotSent
 from broker.token_endpoint import (
@@ -196,6 +198,7 @@ def exchange(oauth2: OAuth2 = PLAIN, **changes: Any) -> Outgoing:
         "code": Secret("SplxlOBeZQQYbYS6WxSbIA"),
         "redirect_uri": "https://client.example.com/cb",
         "verifier": Secret("dBjftJeZ4CVP-mB92K27uhbUJU1p1r_wW1gFWFOEjXk"),
+        "now": 1_700_000_000.0,
     }
     return exchange_request(oauth2, **{**values, **changes})
 
@@ -222,6 +225,8 @@ def test_a_refresh_with_the_secret_in_the_form_is_the_published_one() -> None:
         client=client(client_id=given_["client_id"]),
         secret=Secret(given_["client_secret"]),
         refresh_token=Secret(given_["refresh_token"]),
+        redirect_uri="https://client.example.com/cb",
+        now=0.0,
     )
     assert form(request) == expected["form"]
     assert request.headers["Content-Type"] == expected["content_type"]
@@ -236,6 +241,7 @@ def test_a_revocation_with_basic_is_the_published_one() -> None:
         secret=Secret(given_["client_secret"]),
         token=Secret(given_["token"]),
         token_type_hint="refresh_token",
+        now=0.0,
     )
     assert request.url == "https://as.test/revoke"
     assert request.headers["Authorization"] == expected["authorization"]
@@ -267,9 +273,37 @@ def test_without_a_client_secret_nothing_is_sent(auth: ClientAuth) -> None:
         exchange(client=client(auth), secret=None)
 
 
-def test_private_key_jwt_is_refused_by_name_for_now() -> None:
-    with pytest.raises(NotSent, match="private_key_jwt"):
+def test_a_client_that_signs_sends_no_secret_but_an_assertion_for_the_token_endpoint() -> None:
+    key = ECKey.generate_key("P-256")
+    request = exchange(client=client("private_key_jwt"), secret=Secret(key.as_pem(private=True).decode()))
+    fields = form(request)
+    assert fields["client_assertion_type"] == "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"
+    token = jwt.decode(fields["client_assertion"], key, algorithms=["ES256"])
+    assert {name: token.claims[name] for name in ("iss", "sub", "aud")} == {
+        "iss": "s6BhdRkqt3",
+        "sub": "s6BhdRkqt3",
+        "aud": TOKEN_URL,
+    }
+    assert (token.claims["iat"], token.claims["exp"]) == (1_700_000_000, 1_700_000_300)
+    assert token.header["kid"] == key.thumbprint()
+    assert "client_secret" not in fields
+    again = exchange(client=client("private_key_jwt"), secret=Secret(key.as_pem(private=True).decode()))
+    assert jwt.decode(form(again)["client_assertion"], key, algorithms=["ES256"]).claims["jti"] != token.claims["jti"]
+
+
+def test_a_client_secret_that_is_no_private_key_cannot_sign_and_is_not_quoted() -> None:
+    with pytest.raises(NotSent, match="neither a PEM nor a JWK") as refused:
         exchange(client=client("private_key_jwt"))
+    assert "7Fjfp0ZBr1KtDRbnfVdmIw" not in str(refused.value)
+
+
+def test_a_json_endpoint_gets_json_and_a_provider_without_pkce_no_verifier() -> None:
+    request = exchange(replace(PLAIN, token_format="json", pkce=False, exchange_params={"expiring": "1"}))
+    assert request.headers["Content-Type"] == "application/json"
+    body = json.loads(request.body)
+    assert body["expiring"] == "1"
+    assert "code_verifier" not in body
+    assert body["grant_type"] == "authorization_code"
 
 
 @pytest.mark.parametrize("changes", [{"code": Secret("")}, {"redirect_uri": ""}, {"verifier": Secret("")}])
@@ -280,7 +314,15 @@ def test_an_exchange_without_code_address_or_verifier_is_not_built(changes: dict
 
 def test_an_empty_token_is_not_sent() -> None:
     with pytest.raises(ValueError, match="empty"):
-        refresh_request(PLAIN, token_url=TOKEN_URL, client=client(), secret=Secret("s"), refresh_token=Secret(""))
+        refresh_request(
+            PLAIN,
+            token_url=TOKEN_URL,
+            client=client(),
+            secret=Secret("s"),
+            refresh_token=Secret(""),
+            redirect_uri="https://client.example.com/cb",
+            now=0.0,
+        )
     with pytest.raises(ValueError, match="empty"):
         revoke_request(
             PLAIN,
@@ -289,6 +331,7 @@ def test_an_empty_token_is_not_sent() -> None:
             secret=Secret("s"),
             token=Secret(""),
             token_type_hint="access_token",
+            now=0.0,
         )
 
 

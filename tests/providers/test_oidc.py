@@ -10,7 +10,7 @@ from urllib.parse import parse_qs
 import pytest
 
 from providers.oidc import PROVIDER, parse_token, revoke, userinfo
-from providers.spec import Account, Credential, Incoming, Outgoing, ProviderAnswerError, Secret, client_authentication
+from providers.spec import Account, Credential, Incoming, Outgoing, ProviderAnswerError, Secret
 
 URLS = {"userinfo_url": "https://idp.example.test/userinfo", "revoke_url": "https://idp.example.test/revoke"}
 # OpenID Connect Core 5.3.2, https://openid.net/specs/openid-connect-core-1_0.html#UserInfoResponse
@@ -166,11 +166,6 @@ def test_what_cannot_be_asked_is_not_asked_and_not_claimed(changes: dict[str, An
 )
 def test_the_refresh_tokens_end_is_read_under_both_names(answer: dict[str, Any], seconds: int | None) -> None:
     assert parse_token(answer).get("refresh_token_expires_in") == seconds
-
-
-def test_a_method_that_is_not_supported_yet_says_so() -> None:
-    with pytest.raises(ValueError, match="not supported yet"):
-        client_authentication("client", Secret("s"), "private_key_jwt")
 
 
 def test_the_facts_of_the_definition() -> None:

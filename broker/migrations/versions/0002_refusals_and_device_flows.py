@@ -1,0 +1,38 @@
+"""Refusals that wait to be confirmed, and device flows."""
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0002"
+down_revision = "0001"
+branch_labels = None
+depends_on = None
+
+
+def upgrade() -> None:
+    """Expand only: the previous version of the code keeps working on this schema."""
+    op.add_column("connections", sa.Column("refusals", sa.Integer(), nullable=False, server_default="0"))
+    op.create_table(
+        "device_flows",
+        sa.Column("id", sa.String(), primary_key=True),
+        sa.Column("integration", sa.String(), nullable=False),
+        sa.Column("subject", sa.String(), nullable=False),
+        sa.Column("scopes", sa.JSON(), nullable=False),
+        sa.Column("variables", sa.JSON(), nullable=False),
+        sa.Column("tags", sa.JSON(), nullable=False),
+        sa.Column("plan", sa.JSON(), nullable=False),
+        sa.Column("status", sa.String(), nullable=False),
+        sa.Column("sealed_device_code", sa.LargeBinary(), nullable=True),
+        sa.Column("user_code", sa.String(), nullable=False),
+        sa.Column("verification_uri", sa.String(), nullable=False),
+        sa.Column("verification_uri_complete", sa.String(), nullable=True),
+        sa.Column("interval_seconds", sa.Float(53), nullable=False),
+        sa.Column("failures", sa.Integer(), nullable=False),
+        sa.Column("poll_at", sa.Float(53), nullable=False),
+        sa.Column("created_by", sa.String(), nullable=True),
+        sa.Column("created_at", sa.Float(53), nullable=False),
+        sa.Column("expires_at", sa.Float(53), nullable=False),
+        sa.Column("connection_id", sa.String(), nullable=True),
+    )
+    op.create_index("ix_device_flows_status", "device_flows", ["status"])
+    op.create_index("ix_device_flows_poll_at", "device_flows", ["poll_at"])
