@@ -145,7 +145,8 @@ class ReauthorizationRequired(Conflict):
     def __init__(self, detail: str | None = None, *, status_reason: str | None = None) -> None:
         """Say why, as the connection does, and what helps."""
         super().__init__(
-            detail or "the provider no longer accepts this credential: send the user through a reconnect, or import anew"
+            detail
+            or "the provider no longer accepts this credential: send the user through a reconnect, or import anew"
         )
         self.members = {"status_reason": status_reason} if status_reason is not None else {}
 
@@ -212,6 +213,7 @@ class ProviderUnavailable(BrokerError):
     """The provider did not answer, or answered that it cannot now. Try later."""
 
     status, code, title = 502, "provider_unavailable", "The provider is not available"
+    pause_seconds: float | None = None  # how long it asked everybody to stay away
 
 
 class UpstreamInvalid(BrokerError):

@@ -228,19 +228,66 @@ def send_again_at(refresh: Refresh, *, unknown_outcomes: int, expires_at: float 
     """Return when the same refresh token may be sent again after the n-th unknown outcome, or None to give up.
 
     A provider that does not rotate may be asked for ever. One that rotates is asked at most 3 times again: at once, then
-    after growing waits. Where it has no grace period, reuse may kill the grant, so the live access token is used up first.
+    after growing waits. Where it has no grace period, reuse may kill the grant, so the live access token is used up first;
+    not where a refresh ends that token too: then either nothing was spent, or there is nothing left to use up.
     """
     if not refresh.rotates:
         return now
     if unknown_outcomes > MOST_RESENDS:
         return None
     again_at = now + RESEND_WAITS_SECONDS[max(unknown_outcomes, 1) - 1]
-    if refresh.grace_seconds > 0 or expires_at is None:
+    if refresh.grace_seconds > 0 or refresh.ends_access or expires_at is None:
         return again_at
     return max(again_at, expires_at)
+
+
+def refresh_ends_at(
+    refresh: Refresh, told_at: float | None, *, received_at: float, before: float | None
+) -> float | None:
+    """Return when the refresh token of an answer ends: as the answer says, else by the provider's file, else as ``before``.
+
+    A fixed end is counted from the consent (``before`` None) and not moved by a refresh; a sliding one is.
+    """
+    if told_at is not None or refresh.lifetime_seconds is None:
+        return told_at if told_at is not None else before
+    if before is not None and not refresh.sliding:
+        return before
+    return received_at + refresh.lifetime_seconds
 
 
 def backoff_seconds(failures: int, random_share: float) -> float:
     """Return how long to wait after the n-th failure in a row: full jitter under 1, 2, 4, … 300 seconds, at least 0.2."""
     ceiling = min(MOST_BACKOFF_SECONDS, 2.0 ** min(max(failures - 1, 0), 16))
     return max(0.2, ceiling * random_share)
+
+
+# In the background
+
+
+FAILURES_BEFORE_REST = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Lane:
+    """What background refreshing remembers of one integration: failures in a row, and until when it rests."""
+
+    failures: int = 0
+    rest_until: float = 0.0
+
+
+def after_refresh(lane: Lane, *, failed: bool, pause_seconds: float | None, now: float, random_share: float) -> Lane:
+    """Return the lane after a refresh. ``now`` is any clock, the same each time; ``pause_seconds`` what the provider asked.
+
+    A few failures are nobody's outage: the lane rests from the third in a row on, up to 300 s with full jitter, and at once
+    when the provider says for how long. Refreshes that were under way when the rest began do not make it longer.
+    """
+    if not failed:
+        return Lane(0, lane.rest_until if lane.rest_until > now else 0.0)
+    if pause_seconds is not None:
+        return Lane(lane.failures + 1, max(lane.rest_until, now + pause_seconds))
+    if lane.rest_until > now:
+        return lane
+    failures = lane.failures + 1
+    if failures < FAILURES_BEFORE_REST:
+        return Lane(failures, lane.rest_until)
+    return Lane(failures, now + backoff_seconds(failures, random_share))

@@ -80,6 +80,7 @@ class Settings(BaseSettings):
     keyring: Secret | None = None
     keyring_file: Path | None = None
     secret_cache_seconds: Annotated[float, Field(ge=0, le=3600)] = 30
+    background_refreshes_per_minute: Annotated[int, Field(ge=1, le=100_000)] = 1200
     audit_sinks: CommaList = ("database",)
     audit_checkpoints: CommaList = ()
     return_to: CommaList = ()

@@ -8,6 +8,7 @@ text is ours say it. Libraries that log through the standard ``logging`` module 
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import logging
 import re
@@ -15,8 +16,8 @@ import sys
 import threading
 import traceback
 from collections.abc import Mapping
-from dataclasses import dataclass
-from datetime import date
+from dataclasses import dataclass, field
+from datetime import UTC, date, datetime
 from enum import Enum
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from pathlib import PurePath
@@ -25,7 +26,7 @@ from typing import Any, TextIO, cast
 from uuid import UUID
 
 import structlog
-from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from structlog.types import EventDict, Processor, WrappedLogger
 
 from broker.errors import BrokerError, all_codes
@@ -212,14 +213,35 @@ class _Lines:
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._lock = threading.Lock()
+        self._later: list[str] = []
 
     def msg(self, line: str) -> None:
+        with self._lock:
+            self._write(line)
+
+    def _write(self, *lines: str) -> None:
+        text = "".join(f"{line}\n" for line in (*self._later, *lines))
+        self._later.clear()
         try:
-            with self._lock:
-                self._stream.write(line + "\n")
-                self._stream.flush()
+            self._stream.write(text)
+            self._stream.flush()
         except (OSError, ValueError):
             return
+
+    def soon(self, line: str) -> None:
+        """Write at the end of the event loop's round, together with the lines of other requests that end in it.
+
+        One system call instead of one for each. A line that is written by ``msg`` meanwhile stands after them.
+        """
+        with self._lock:
+            self._later.append(line)
+            if len(self._later) == 1:
+                asyncio.get_running_loop().call_soon(self._write_later)
+
+    def _write_later(self) -> None:
+        with self._lock:
+            if self._later:
+                self._write()
 
     debug = info = warning = warn = error = critical = exception = fatal = log = msg
 
@@ -239,6 +261,38 @@ class _Handler(logging.Handler):
             self._lines.msg('{"event": "log.unprintable", "level": "error"}')
 
 
+@dataclass(frozen=True, slots=True)
+class _Output:
+    """What structlog makes loggers with; also says how lines are made, for the one that is not made by processors."""
+
+    lines: _Lines
+    renderer: Processor
+    level: int
+
+    def __call__(self, *_: object) -> _Lines:
+        return self.lines
+
+
+def access_line(method: str, route: str, status: int, seconds: float, request_id: str) -> None:
+    """Write the line of one answered request, ``http`` with these fields; in an event loop. ``route`` is one of ours.
+
+    Where lines are JSON it is put together by hand, as the processors would: 4 µs instead of 60 for each request. Nothing
+    in it can be a secret then: the method is a known one, the rest are numbers and our own words, and a request id that
+    the client chose is masked like any text. It must hold no quote or backslash, nor must the route.
+    """
+    config = structlog.get_config()
+    output, ms = config["logger_factory"], round(seconds * 1000, 1)
+    by_hand = isinstance(output, _Output) and isinstance(output.renderer, structlog.processors.JSONRenderer)
+    if not by_hand or method not in METHODS or config["processors"][-1] is not output.renderer:
+        structlog.get_logger().info("http", method=method, route=route, status=status, ms=ms, request_id=request_id)
+    elif output.level <= logging.INFO:
+        at = datetime.now(UTC).isoformat(timespec="microseconds")[:-6]
+        output.lines.soon(
+            f'{{"method": "{method}", "route": "{route}", "status": {status}, "ms": {ms}, '
+            f'"request_id": "{masked(request_id)}", "event": "http", "level": "info", "at": "{at}Z"}}'
+        )
+
+
 def configure_logging(settings: Settings, *, quiet: bool = False, stream: TextIO | None = None) -> None:
     """Set up logging for this process: JSON lines in production, readable ones in development, on standard error.
 
@@ -251,11 +305,12 @@ def configure_logging(settings: Settings, *, quiet: bool = False, stream: TextIO
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True, key="at"),
     ]
-    last: list[Processor] = [_tell_exception, _hide, *_renderers(settings, stream or sys.stderr)]
+    renderers = _renderers(settings, stream or sys.stderr)
+    last: list[Processor] = [_tell_exception, _hide, *renderers]
     structlog.configure(
         processors=[*first, *last],
         wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=lambda *_: lines,
+        logger_factory=_Output(lines, renderers[-1], level),
         cache_logger_on_first_use=False,
     )
     _route_standard_library(lines, [*first, _tell_foreign], last, level)
@@ -311,22 +366,38 @@ class Metrics:
     http_seconds: Histogram
     refreshes: Counter
     handouts: Counter
+    refreshes_due: Gauge
+    refresh_late_seconds: Gauge
     audit_failures: Counter
     flows: Counter
+    _known: dict[tuple[str, ...], Any] = field(default_factory=dict, repr=False)  # finding a label's child costs 2 µs
 
     def http_request(self, route: str, method: str, status: int, seconds: float) -> None:
         """Count a request by its route's template, and how long it took. Methods that we do not know are one."""
         method = method if method in METHODS else "other"
-        self.http_requests.labels(route, method, f"{status // 100}xx").inc()
-        self.http_seconds.labels(route, method).observe(seconds)
+        labels = (route, method, f"{status // 100}xx")
+        known = self._known.get(labels)
+        if known is None:
+            known = (self.http_requests.labels(*labels), self.http_seconds.labels(route, method))
+            self._known[labels] = known
+        known[0].inc()
+        known[1].observe(seconds)
 
     def refresh_outcome(self, provider: str, outcome: str) -> None:
         """Count a refresh that was sent: ``ok`` or what became of it."""
         self.refreshes.labels(provider, outcome).inc()
 
+    def refresh_backlog(self, provider: str, count: int, late_seconds: float) -> None:
+        """Show how many connections in use wait for a refresh, and how long ago the first of their tokens ended."""
+        self.refreshes_due.labels(provider).set(count)
+        self.refresh_late_seconds.labels(provider).set(late_seconds)
+
     def handout(self, outcome: str) -> None:
         """Count a request for a token: ``ok`` or the error's code."""
-        self.handouts.labels(outcome).inc()
+        known = self._known.get((outcome,))
+        if known is None:
+            known = self._known[outcome,] = self.handouts.labels(outcome)
+        known.inc()
 
     def audit_failure(self) -> None:
         """Count an audit record that could not be written."""
@@ -342,6 +413,7 @@ def new_metrics(registry: CollectorRegistry | None = None) -> Metrics:
     registry = registry or CollectorRegistry()
     ProcessCollector(registry=registry)
     counter = functools.partial(Counter, namespace="broker", registry=registry)
+    gauge = functools.partial(Gauge, namespace="broker", registry=registry)
     return Metrics(
         registry=registry,
         http_requests=counter("http_requests", "Requests answered", ("route", "method", "status")),
@@ -354,6 +426,10 @@ def new_metrics(registry: CollectorRegistry | None = None) -> Metrics:
             registry=registry,
         ),
         refreshes=counter("refreshes", "Refreshes by what became of them", ("provider", "outcome")),
+        refreshes_due=gauge("refreshes_due", "Connections in use that wait for a refresh", ("provider",)),
+        refresh_late_seconds=gauge(
+            "refresh_late_seconds", "How long ago the first token of those that wait ended", ("provider",)
+        ),
         handouts=counter("handouts", "Requests for a token by outcome", ("outcome",)),
         audit_failures=counter("audit_failures", "Audit records and checkpoints that could not be written"),
         flows=counter("flows", "Browser flows by how they ended", ("provider", "outcome")),

@@ -10,7 +10,7 @@ import json
 import re
 import secrets
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC
 from email.utils import parsedate_to_datetime
 from typing import Any, Final, Literal, NoReturn, TypeVar
@@ -28,6 +28,7 @@ from providers.client_auth import client_authentication
 from providers.spec import RESERVED_AUTHORIZE_PARAMS, ClientAuth, Incoming, OAuth2, Outgoing, Secret
 
 T = TypeVar("T")
+DEVICE_GRANT: Final = "urn:ietf:params:oauth:grant-type:device_code"
 Outcome = Literal["transient", "permanent", "client_refused", "invalid"]
 
 MAX_TOKEN_LENGTH: Final = 16 * 1024
@@ -37,6 +38,7 @@ MAX_RETRY_AFTER_SECONDS: Final = 3600.0
 # VSCHAR of RFC 6749 A.12, and no space at either end: a header field would lose it on the way.
 _TOKEN: Final = re.compile(r"[\x21-\x7e](?:[\x20-\x7e]*[\x21-\x7e])?")
 _SCOPE: Final = re.compile(r"[\x21\x23-\x5b\x5d-\x7e]+")  # scope-token of RFC 6749 3.3
+_USER_CODE: Final = re.compile(r"[\x21-\x7e](?:[\x20-\x7e]{0,62}[\x21-\x7e])?")
 _DEFAULT_OUTCOMES: Final[Mapping[str, Outcome]] = {
     "invalid_grant": "permanent",
     "invalid_client": "client_refused",
@@ -169,6 +171,27 @@ def refresh_request(
     return _post(oauth2, refresh_url or token_url, client, secret, body, now=now, audience=token_url)
 
 
+def device_request(
+    oauth2: OAuth2, *, device_url: str, client: Client, secret: Secret | None, scopes: Sequence[str], now: float
+) -> Outgoing:
+    """Build a device authorization request (RFC 8628 3.1) with one client secret. Raises as above."""
+    fields = {"client_id": client.client_id}
+    fields.update({oauth2.device_scope_param: oauth2.scope_separator.join(scopes)} if scopes else {})
+    return _post(oauth2, device_url, _device_client(oauth2, client), secret, urlencode(fields), now=now)
+
+
+def device_token_request(
+    oauth2: OAuth2, *, token_url: str, client: Client, secret: Secret | None, device_code: Secret, now: float
+) -> Outgoing:
+    """Build a poll for the token of a device authorization (RFC 8628 3.4) with one client secret. Raises as above."""
+    fields = {"grant_type": DEVICE_GRANT, "device_code": device_code.reveal(), "client_id": client.client_id}
+    return _post(oauth2, token_url, _device_client(oauth2, client), secret, urlencode(fields), now=now)
+
+
+def _device_client(oauth2: OAuth2, client: Client) -> Client:
+    return client if oauth2.device_auth is None else replace(client, auth=oauth2.device_auth)
+
+
 def revoke_request(
     oauth2: OAuth2,
     *,
@@ -198,7 +221,8 @@ def _post(
     except ValueError as error:
         why = str(error)
     else:
-        whole = str(add_params_to_qs(body, fields))
+        given = dict(parse_qsl(body))
+        whole = str(add_params_to_qs(body, {name: value for name, value in fields.items() if name not in given}))
         kind = "application/x-www-form-urlencoded"
         if oauth2.token_format == "json":  # noqa: S105 - a format
             whole, kind = json.dumps(dict(parse_qsl(whole, keep_blank_values=True))), "application/json"
@@ -279,6 +303,54 @@ def parse_answer(oauth2: OAuth2, answer: Incoming, *, received_at: float) -> Tok
     except ValueError:
         return TokenRefusal("invalid", "invalid_answer")
     return _refusal(oauth2, body.get("error"), retry_after_seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceAnswer:
+    """What the user needs, and what polls are made with (RFC 8628 3.2). Times are spans in seconds."""
+
+    device_code: Secret
+    user_code: str
+    verification_uri: str
+    verification_uri_complete: str | None
+    lifetime_seconds: float
+    interval_seconds: float
+
+
+def parse_device_answer(
+    oauth2: OAuth2, answer: Incoming, *, received_at: float, development: bool = False
+) -> DeviceAnswer | TokenRefusal:
+    """Read an answer of the device authorization endpoint (RFC 8628 3.2); never raises, whatever came.
+
+    ``verification_url`` is read where ``verification_uri`` is missing: some use the draft's name. An address that is not
+    https is refused (http is for ``development``): a user is sent there. Errors are judged as the token endpoint's.
+    """
+    if answer.status not in {200, 201}:
+        return _as_refusal(parse_answer(oauth2, answer, received_at=received_at))
+    try:
+        body = strict_object(answer.body)
+        if body.get("error") is not None:
+            return _as_refusal(parse_answer(oauth2, answer, received_at=received_at))
+        return _device_answer(body, development=development)
+    except ValueError:
+        return TokenRefusal("invalid", "invalid_answer")
+
+
+def _as_refusal(parsed: TokenAnswer | TokenRefusal) -> TokenRefusal:
+    return parsed if isinstance(parsed, TokenRefusal) else TokenRefusal("invalid", "invalid_answer")
+
+
+def _device_answer(body: Mapping[str, Any], *, development: bool) -> DeviceAnswer:
+    device_code, user_code = _token(body, "device_code", MAX_TOKEN_LENGTH), body.get("user_code")
+    uri = body.get("verification_uri", body.get("verification_url"))
+    complete = body.get("verification_uri_complete")
+    lifetime, interval = _seconds(body.get("expires_in")), _seconds(body.get("interval", 5))
+    if device_code is None or not isinstance(user_code, str) or not _USER_CODE.fullmatch(user_code) or not lifetime:
+        raise ValueError("a part is missing or malformed")
+    for address in (uri, complete) if complete is not None else (uri,):
+        if not isinstance(address, str) or not _good_url(address, development=development):
+            raise ValueError("an address is missing or malformed")
+    return DeviceAnswer(device_code, user_code, str(uri), complete, lifetime, max(interval or 0.0, 1.0))
 
 
 def strict_object(raw: bytes) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from collections.abc import Awaitable, Callable, Sequence
 
 import sqlalchemy as sa
@@ -12,16 +11,15 @@ import structlog
 from sqlmodel import Session, col
 
 from broker.audit import Audit
+from broker.background_refresh import BackgroundRefresh
 from broker.credentials import Credentials
 from broker.database import Database, now
-from broker.errors import BrokerError, Conflict, NotFound
+from broker.errors import BrokerError
 from broker.models import BrowserSession, Connection, Flow, IdempotentAnswer, IntegrationLog
 from broker.oauth.confirm import Confirmations
+from broker.oauth.device import DeviceFlows
 
 DAY_SECONDS = 86_400.0
-AT_ONCE = 10
-PAGE = 100
-REST_SECONDS = 300.0
 log = structlog.get_logger()
 
 Job = tuple[float, Callable[[], Awaitable[object]]]
@@ -31,22 +29,30 @@ class Worker:
     """Runs the background jobs until stopped. Any number may run, on any replica: claims decide who acts."""
 
     def __init__(
-        self, database: Database, credentials: Credentials, confirmations: Confirmations, audit: Audit
+        self,
+        database: Database,
+        credentials: Credentials,
+        confirmations: Confirmations,
+        device_flows: DeviceFlows,
+        refreshing: BackgroundRefresh,
+        audit: Audit,
     ) -> None:
         """Keep the parts."""
+        self.refreshing = refreshing
         self._database = database
         self._credentials = credentials
         self._confirmations = confirmations
+        self._device_flows = device_flows
         self._audit = audit
         self._stopping = asyncio.Event()
-        self._resting: dict[str, float] = {}  # connections that nothing can be done for, until when (monotonic)
 
     @property
     def jobs(self) -> Sequence[Job]:
         """Every job and its pace in seconds."""
         return (
             (1.0, self._confirmations.sweep),
-            (2.0, self.refresh_due),
+            (1.0, self._device_flows.poll_due),
+            (2.0, self.refreshing.begin),
             (5.0, self.finish_cut_off),
             (5.0, self._audit.checkpoint),
             (60.0, self.forget_old),
@@ -56,10 +62,12 @@ class Worker:
     async def run(self) -> None:
         """Run every job at its pace until ``stop``; a job that fails is logged and tried again."""
         await asyncio.gather(*(self._repeat(seconds, job) for seconds, job in self.jobs))
+        await self.refreshing.finish()
 
     def stop(self) -> None:
         """End soon: what is under way is finished, nothing else begun. Refreshes go on until ``Credentials.aclose``."""
         self._stopping.set()
+        self.refreshing.stop()
 
     async def _repeat(self, seconds: float, job: Callable[[], Awaitable[object]]) -> None:
         while not self._stopping.is_set():
@@ -71,50 +79,6 @@ class Worker:
                 log.exception("worker.defect", job=getattr(job, "__name__", "job"))
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), seconds)
-
-    # Refreshing
-
-    async def refresh_due(self) -> int:
-        """Refresh all that is due, a few at once; return how many were tried."""
-        tried, after = 0, None
-        gate = asyncio.Semaphore(AT_ONCE)
-        while not self._stopping.is_set():
-            page = await self._credentials.due(limit=PAGE, after=after)
-            rows = [row for row in page if not self._rests(row.id)]
-            await asyncio.gather(*(self._refresh(row, gate) for row in rows))
-            tried += len(rows)
-            if len(page) < PAGE:
-                break
-            after = (page[-1].token_expires_at or 0.0, page[-1].id)
-        return tried
-
-    def _rests(self, connection_id: str) -> bool:
-        until = self._resting.get(connection_id)
-        if until is not None and until <= time.monotonic():
-            del self._resting[connection_id]
-        return connection_id in self._resting
-
-    async def _refresh(self, row: Connection, gate: asyncio.Semaphore) -> None:
-        async with gate:
-            if self._stopping.is_set():
-                return
-            refresh = asyncio.create_task(self._refreshed(row))
-            stopped = asyncio.create_task(self._stopping.wait())
-            await asyncio.wait({refresh, stopped}, return_when=asyncio.FIRST_COMPLETED)
-            for task in (refresh, stopped):  # only the waiting ends: the refresh itself does not die with its callers
-                task.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await task
-
-    async def _refreshed(self, row: Connection) -> None:
-        try:
-            await self._credentials.refresh(row)
-        except (Conflict, NotFound):  # moved endpoints, a missing integration: no wait on the row says so
-            self._resting[row.id] = time.monotonic() + REST_SECONDS
-        except BrokerError:
-            return  # the row and the log say what happened
-        except Exception:
-            log.exception("worker.defect", job="refresh", connection_id=row.id)
 
     # After a crash
 

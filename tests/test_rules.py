@@ -41,6 +41,7 @@ REVEALS: dict[str, str] = {
     "broker.demo.stage": "makes the admin key with which the guided run plays the operator",
     "broker.integrations": "writes a client secret to the vault, and its keyed digest to the row",
     "broker.integrations.portable": "seals client secrets to a passphrase for export",
+    "broker.oauth.device": "seals the device code",
     "broker.oauth.flow": "digests of cookie and confirm code; seals the PKCE verifier",
     "broker.oauth.identity": "reads an ID token",
     "broker.oauth.outcome": "the confirm code in the redirect and in the outcome to be sealed",

@@ -17,7 +17,7 @@ from broker.credentials.stored_secrets import StoredSecrets
 from broker.database import Database, now
 from broker.integrations import Integrations
 from broker.models import Connection, RefreshAttempt, RefreshJournal
-from broker.refresh import Failure, Tally, Verdict, after_attempt
+from broker.refresh import Failure, Tally, Verdict, after_attempt, refresh_ends_at
 from broker.telemetry import Metrics
 from broker.token_endpoint import TokenAnswer, granted_scopes
 from providers.spec import OAuth2
@@ -62,6 +62,7 @@ class Outcomes:
             "secret_version": version,
             "refreshable": renewable(value),
         }
+        changes.update({"refresh_expires_at": None} if "refresh_token" not in value else {})
         await self._record(claimed.lease, changes, system_entry("connection.refreshed", row, version=version))
         self._metrics.refresh_outcome(row.provider, "ok")
         late_seconds = None if row.token_expires_at is None else round(received_at - row.token_expires_at, 1)
@@ -184,8 +185,9 @@ def _changes(oauth2: OAuth2, row: Connection, answer: TokenAnswer, *, received_a
     }
     if answer.scopes is not None:
         changes["scopes"] = list(granted_scopes(oauth2, row.scopes, answer))
-    if answer.refresh_expires_at is not None:
-        changes["refresh_expires_at"] = answer.refresh_expires_at
+    changes["refresh_expires_at"] = refresh_ends_at(
+        oauth2.refresh, answer.refresh_expires_at, received_at=received_at, before=row.refresh_expires_at
+    )
     return changes
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import sqlalchemy as sa
 import structlog
@@ -18,9 +19,20 @@ from broker.vault import Vault
 
 MARGIN_SECONDS = 240.0  # more than the soft margin, so that callers seldom wait
 LIFETIME_SHARE = 0.2
+LONGEST_LATE_SECONDS = 86_400.0
 LEFT_BEHIND_AT_ONCE = 100
 SWEEP_BATCH = 500
 log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Backlog:
+    """How many connections in use one integration has to refresh, and how long ago the first of their tokens ended."""
+
+    integration: str
+    provider: str
+    count: int
+    late_seconds: float
 
 
 class Upkeep:
@@ -32,25 +44,53 @@ class Upkeep:
         self._vault = vault
         self._integrations = integrations
 
-    async def due(self, *, limit: int, after: tuple[float, str] | None = None) -> list[Connection]:
-        """Return connections to refresh now. See ``Credentials.due``."""
+    async def due(
+        self, integration: str, *, idle: bool, limit: int, after: tuple[float, str] | None = None
+    ) -> list[Connection]:
+        """Return connections of one integration to refresh now. See ``Credentials.due``."""
         ends_at = sa.func.coalesce(Connection.token_expires_at, 0.0)
 
         def work(session: Session) -> list[Connection]:
-            at = now(session)
-            waits = col(Connection.refresh_not_before_at)
-            query = select(Connection).where(
-                Connection.status == "active",
-                col(Connection.refreshable).is_(True),
-                col(Connection.deleted_at).is_(None),
-                waits.is_(None) | (waits < at),
-                _ends_soon(at) | self._dies_of_idleness(at),
-            )
+            query = select(Connection).where(col(Connection.integration) == integration, *self._due(now(session), idle))
             if after is not None:
                 query = query.where(sa.tuple_(ends_at, col(Connection.id)) > after)
             return list(session.exec(query.order_by(ends_at, col(Connection.id)).limit(limit)))
 
         return await self._database.read(work)
+
+    async def backlog(self) -> list[Backlog]:
+        """Return what is due of the connections in use. See ``Credentials.backlog``."""
+        counted = (sa.func.count(), sa.func.min(Connection.token_expires_at))
+        grouped = (col(Connection.integration), col(Connection.provider))
+
+        def work(session: Session) -> list[Backlog]:
+            at = now(session)
+            query = sa.select(*grouped, *counted).where(*self._due(at, idle=False)).group_by(*grouped)
+            return [
+                Backlog(name, provider, count, max(0.0, at - oldest))
+                for name, provider, count, oldest in session.execute(query)
+            ]
+
+        return await self._database.read(work)
+
+    async def idle_integrations(self) -> list[str]:
+        """Return the integrations with refresh tokens that would die of idleness. See ``Credentials.idle_integrations``."""
+
+        def work(session: Session) -> list[str]:
+            query = sa.select(col(Connection.integration)).where(*self._due(now(session), idle=True)).distinct()
+            return list(session.execute(query).scalars())
+
+        return await self._database.read(work)
+
+    def _due(self, at: float, idle: bool) -> list[sa.ColumnElement[bool]]:  # noqa: FBT001 - which of two kinds
+        waits = col(Connection.refresh_not_before_at)
+        return [
+            col(Connection.status) == "active",
+            col(Connection.refreshable).is_(True),
+            col(Connection.deleted_at).is_(None),
+            waits.is_(None) | (waits < at),
+            self._dies_of_idleness(at) if idle else _ends_soon(at),
+        ]
 
     def _dies_of_idleness(self, at: float) -> sa.ColumnElement[bool]:
         """Return the condition that most of the time has passed in which the provider wants to see a refresh token."""
@@ -121,4 +161,10 @@ def _ends_soon(at: float) -> sa.ColumnElement[bool]:
     """In use, and within the margin or the last fifth of its life: a token of a minute is not renewed all the time."""
     ends_at = col(Connection.token_expires_at)
     used = col(Connection.last_used_at) > at - USED_WITHIN_SECONDS
-    return used & (ends_at < at + MARGIN_SECONDS) & (ends_at - at < LIFETIME_SHARE * (ends_at - _since()))
+    # What ended long ago is renewed when somebody asks: so the index gives a day's rows, not all that ever ended.
+    return (
+        used
+        & (ends_at > at - LONGEST_LATE_SECONDS)
+        & (ends_at < at + MARGIN_SECONDS)
+        & (ends_at - at < LIFETIME_SHARE * (ends_at - _since()))
+    )

@@ -27,6 +27,7 @@ from broker.errors import (
     BrokerError,
     ConfirmInvalid,
     Conflict,
+    FlowError,
     Forbidden,
     InvalidRequest,
     NotFound,
@@ -163,6 +164,16 @@ class Confirmations:
             return await self._activate(flow, pending, flow.subject, None, "")
         except (Conflict, Forbidden, UpstreamTimeout, _Lost):
             return None
+
+    async def activate_device(self, flow: Flow, pending: Connection, principal: Principal) -> Connection:
+        """Activate what came of a device flow, in the name of the caller who started it, and return the survivor.
+
+        Raises Conflict, Forbidden or UpstreamTimeout when it cannot be merged now; FlowError when it is gone.
+        """
+        try:
+            return await self._activate(flow, pending, flow.subject or "", principal, "")
+        except _Lost:
+            raise FlowError("state_invalid") from None
 
     async def _activate(
         self, flow: Flow, pending: Connection, subject: str, principal: Principal | None, body_digest: str

@@ -29,6 +29,7 @@ from broker.refresh import (
     backoff_seconds,
     decide,
     failure_of,
+    refresh_ends_at,
     send_again_at,
     soft_margin_seconds,
     wait_for,
@@ -274,3 +275,32 @@ def test_a_grant_is_given_up_only_when_the_provider_said_so_twice() -> None:
         STRICT, Failure("permanent", "invalid_grant"), between.tally, expires_at=None, now=NOW, random_share=0.5
     )
     assert (second.lost, second.reason) == (True, "invalid_grant")
+
+
+FIXED = Refresh(lifetime_seconds=100, sliding=False)
+SLIDING = Refresh(lifetime_seconds=100)
+
+
+@pytest.mark.parametrize(
+    ("refresh", "told_at", "before", "ends_at"),
+    [
+        (STRICT, None, None, None),
+        (STRICT, None, NOW + 5, NOW + 5),
+        (STRICT, NOW + 7, NOW + 5, NOW + 7),
+        (SLIDING, None, None, NOW + 100),
+        (SLIDING, None, NOW + 5, NOW + 100),
+        (FIXED, None, None, NOW + 100),
+        (FIXED, None, NOW + 5, NOW + 5),
+        (FIXED, NOW + 7, NOW + 5, NOW + 7),
+    ],
+)
+def test_a_refresh_tokens_end_is_told_or_slides_or_stands(
+    refresh: Refresh, told_at: float | None, before: float | None, ends_at: float | None
+) -> None:
+    assert refresh_ends_at(refresh, told_at, received_at=NOW, before=before) == ends_at
+
+
+def test_where_a_refresh_ends_the_access_token_too_there_is_nothing_to_wait_for() -> None:
+    both = Refresh(ends_access=True)
+    assert send_again_at(both, unknown_outcomes=1, expires_at=NOW + 3600, now=NOW) == NOW
+    assert send_again_at(STRICT, unknown_outcomes=1, expires_at=NOW + 3600, now=NOW) == NOW + 3600

@@ -63,6 +63,7 @@ READ = [
     ("vault", "local", "local"),
     ("keyring", "k2:BBBB,k1:AAAA", Secret("k2:BBBB,k1:AAAA")),
     ("secret_cache_seconds", "0", 0.0),
+    ("background_refreshes_per_minute", "60", 60),
     ("audit_sinks", "database,file:/var/log/audit,stdout", ("database", "file:/var/log/audit", "stdout")),
     ("audit_checkpoints", "file:/mnt/other/points,stdout", ("file:/mnt/other/points", "stdout")),
     ("return_to", "https://app.test/done,https://b.test/**", ("https://app.test/done", "https://b.test/**")),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import sqlalchemy as sa
 from sqlmodel import SQLModel, col, func, select
 from structlog.testing import capture_logs
 
-from broker.app import open_parts, running_worker
+from broker.app import new_worker, open_parts, running_worker
+from broker.background_refresh import BackgroundRefresh
 from broker.credentials import Credentials, secret_owner
 from broker.database import Database, now
 from broker.demo.sandbox import Fault
@@ -43,15 +45,14 @@ async def rig(tmp_path: Path) -> AsyncIterator[Rig]:
 
 
 def worker_of(rig: Rig) -> Worker:
-    parts = rig.parts
-    return Worker(parts.database, parts.credentials, parts.confirmations, parts.audit)
+    return new_worker(rig.parts)
 
 
 async def used(rig: Rig, *, left_seconds: float, user: str = "ada") -> str:
     """Return a connection that was made an hour ago, was used a moment ago, and whose token ends soon."""
     connection = await rig.connected(user=user)
-    await rig.token(connection["id"])
-    await set_row(rig.parts.database, connection["id"], created_at=await rig.parts.database.read(now) - 3600)
+    at = await rig.parts.database.read(now)
+    await set_row(rig.parts.database, connection["id"], created_at=at - 3600, last_used_at=at)
     await ends_in(rig.parts.database, connection["id"], left_seconds)
     return str(connection["id"])
 
@@ -90,14 +91,14 @@ async def test_what_is_not_due_is_left_alone(rig: Rig) -> None:
     await set_row(database, waiting, refresh_not_before_at=await database.read(now) + 60)
     gone = await used(rig, left_seconds=100, user="gone")
     await set_row(database, gone, deleted_at=await database.read(now))
-    assert await worker_of(rig).refresh_due() == 0
+    assert await worker_of(rig).refreshing.refresh_due() == 0
     assert rig.sandbox.state.counters.refreshes == 0
 
 
 async def test_a_token_that_lives_a_minute_is_not_refreshed_all_the_time(rig: Rig) -> None:
     connection_id = await used(rig, left_seconds=50)
     await set_row(rig.parts.database, connection_id, created_at=await rig.parts.database.read(now) - 10)
-    assert await worker_of(rig).refresh_due() == 0
+    assert await worker_of(rig).refreshing.refresh_due() == 0
 
 
 @pytest.mark.parametrize(("age_days", "refreshed"), [(10, False), (25, True)])
@@ -111,7 +112,7 @@ async def test_an_idle_connection_is_refreshed_only_before_its_refresh_token_die
     connection_id = await used(rig, left_seconds=3000)
     at = await database.read(now)
     await set_row(database, connection_id, last_used_at=None, created_at=at - age_days * DAY)
-    assert await worker_of(rig).refresh_due() == int(refreshed)
+    assert await worker_of(rig).refreshing.refresh_due() == int(refreshed)
     assert rig.sandbox.state.counters.refreshes == int(refreshed)
 
 
@@ -120,8 +121,8 @@ async def test_a_refresh_token_with_an_end_that_moves_is_refreshed_in_time(rig: 
     connection_id = await used(rig, left_seconds=3000)
     at = await database.read(now)
     await set_row(database, connection_id, created_at=at - 9 * DAY, refresh_expires_at=at + DAY)
-    assert await worker_of(rig).refresh_due() == 1
-    assert await worker_of(rig).refresh_due() == 0
+    assert await worker_of(rig).refreshing.refresh_due() == 1
+    assert await worker_of(rig).refreshing.refresh_due() == 0
 
 
 async def test_one_that_nothing_can_be_done_for_rests_and_does_not_keep_the_others(rig: Rig) -> None:
@@ -130,11 +131,11 @@ async def test_one_that_nothing_can_be_done_for_rests_and_does_not_keep_the_othe
     await set_row(database, moved, pins={"token": "https://elsewhere.test"})
     fine = await used(rig, left_seconds=100, user="grace")
     worker = worker_of(rig)
-    assert await worker.refresh_due() == 2
+    assert await worker.refreshing.refresh_due() == 2
     assert (await row_of(database, fine)).refreshed_at is not None
-    assert await worker.refresh_due() == 0, "it rests"
-    worker._resting = dict.fromkeys(worker._resting, time.monotonic())
-    assert await worker.refresh_due() == 1
+    assert await worker.refreshing.refresh_due() == 0, "it rests"
+    worker.refreshing._resting = dict.fromkeys(worker.refreshing._resting, time.monotonic())
+    assert await worker.refreshing.refresh_due() == 1
 
 
 async def test_more_than_a_page_is_refreshed_in_one_go(rig: Rig) -> None:
@@ -153,7 +154,7 @@ async def test_more_than_a_page_is_refreshed_in_one_go(rig: Rig) -> None:
         for number in range(230)
     ]
     await add(rig.parts.database, *rows)
-    assert await worker_of(rig).refresh_due() == 230
+    assert await worker_of(rig).refreshing.refresh_due() == 230
     assert rig.sandbox.state.counters.refreshes == 0, "their pins are not there"
 
 
@@ -190,7 +191,7 @@ async def test_a_deletion_that_fails_does_not_stop_the_next(rig: Rig) -> None:
         rig.parts.metrics,
         wait_seconds=0.1,
     )
-    worker = Worker(database, impatient, rig.parts.confirmations, rig.parts.audit)
+    worker = new_worker(replace(rig.parts, credentials=impatient))
     async with rig.parts.credentials.holding(ids[0]):
         with capture_logs() as lines:
             await worker.finish_cut_off()
@@ -287,7 +288,10 @@ class Failing(Worker):
 
 async def test_a_job_that_fails_is_logged_and_stops_nothing(rig: Rig) -> None:
     parts = rig.parts
-    worker = Failing(parts.database, parts.credentials, parts.confirmations, parts.audit)
+    refreshing = BackgroundRefresh(parts.credentials, parts.metrics, per_minute=60)
+    worker = Failing(
+        parts.database, parts.credentials, parts.confirmations, parts.device_flows, refreshing, parts.audit
+    )
     with capture_logs() as lines:
         running = asyncio.create_task(worker.run())
 
@@ -323,7 +327,7 @@ async def test_a_stopped_worker_begins_nothing(rig: Rig) -> None:
     await set_row(rig.parts.database, connection_id, deleted_at=1.0)
     worker = worker_of(rig)
     worker.stop()
-    assert await worker.refresh_due() == 0
+    assert await worker.refreshing.refresh_due() == 0
     await worker.finish_cut_off()
     await worker.run()
     assert (await row_of(rig.parts.database, connection_id)).deleted_at == 1.0

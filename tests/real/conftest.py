@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from joserfc.jwk import ECKey
 
+from broker.token_endpoint import DEVICE_GRANT
 from tests.real.parts import (
     ADA_CLAIMS,
     GRACE_CLAIMS,
@@ -65,20 +67,25 @@ def google(broker_url: str, make_directory: Callable[[str], Path]) -> Iterator[C
 
 @pytest.fixture(scope="session")
 def oidc(broker_url: str, make_directory: Callable[[str], Path]) -> Iterator[OidcServer]:
-    """Run oidc-provider, where the integrations ``oidc-basic`` and ``oidc-post`` are registered."""
+    """Run oidc-provider, where the integrations ``oidc-basic``, ``oidc-post`` and ``oidc-key`` are registered."""
+    key = ECKey.generate_key("P-256")
+    jwks = {"keys": [key.as_dict(private=False, use="sig", alg="ES256", kid=key.thumbprint())]}
+    grants = ["authorization_code", "refresh_token", "client_credentials", DEVICE_GRANT]
     # Characters that Basic has to form-encode first (RFC 6749 2.3.1), and a body has to encode too.
     clients = {kind: f"{secrets.token_urlsafe(24)}:+% /&=" for kind in ("basic", "post")}
     options = {
         "clients": [
             {"id": f"broker-{kind}", "secret": secret, "auth": f"client_secret_{kind}"}
             for kind, secret in clients.items()
-        ],
-        "redirectUris": [f"{broker_url}/oauth/oidc-{kind}/callback" for kind in clients],
+        ]
+        + [{"id": "broker-key", "jwks": jwks, "auth": "private_key_jwt", "grants": grants}],
+        "redirectUris": [f"{broker_url}/oauth/oidc-{kind}/callback" for kind in (*clients, "key")],
         "accounts": {"ada": ADA_CLAIMS, "grace": GRACE_CLAIMS},
     }
+    clients["key"] = key.as_pem(private=True).decode()
     with oidc_provider(options, directory=make_directory("oidc-provider")) as issuer:
-        basic, post = (
+        basic, post, signing = (
             Client(issuer, f"broker-{kind}", secret, f"{broker_url}/oauth/oidc-{kind}/callback")
             for kind, secret in clients.items()
         )
-        yield OidcServer(basic, post)
+        yield OidcServer(basic, post, signing)

@@ -1,6 +1,6 @@
 // A standards-strict OpenID Connect server on loopback, for tests: npm's oidc-provider, told to be as strict as it can.
 //
-// `node oidc_server.mjs '{"clients": [{"id", "secret", "auth"}], "redirectUris": [], "accounts": {"ada": {…claims}},
+// `node oidc_server.mjs '{"clients": [{"id", "secret" or "jwks", "auth", "grants"?}], "redirectUris": [], "accounts": {"ada": {…claims}},
 // "accessTokenSeconds": 3600}'` prints one JSON line `{"issuer": …}` when it listens, and serves until it is stopped.
 //
 // PKCE is required, refresh tokens rotate at each use (reuse kills the grant), and they are given for `offline_access` only,
@@ -18,12 +18,12 @@ const server = createServer();
 await new Promise((done) => server.listen(0, '127.0.0.1', done));
 const issuer = `http://127.0.0.1:${server.address().port}`;
 
-const client = ({ id, secret, auth }) => ({
+const client = ({ id, secret, auth, jwks, grants }) => ({
   client_id: id,
-  client_secret: secret,
+  ...(secret ? { client_secret: secret } : { jwks }),
   token_endpoint_auth_method: auth,
   redirect_uris: options.redirectUris,
-  grant_types: ['authorization_code', 'refresh_token'],
+  grant_types: grants ?? ['authorization_code', 'refresh_token'],
   response_types: ['code'],
 });
 
@@ -34,6 +34,8 @@ const provider = new Provider(issuer, {
   cookies: { keys: [randomBytes(32).toString('hex')] },
   jwks: { keys: [generateKeyPairSync('rsa', { modulusLength: 2048 }).privateKey.export({ format: 'jwk' })] },
   features: {
+    clientCredentials: { enabled: true },
+    deviceFlow: { enabled: true },
     devInteractions: { enabled: false },
     introspection: { enabled: true },
     revocation: { enabled: true },

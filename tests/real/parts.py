@@ -47,10 +47,14 @@ class Client:
 
 @dataclass(frozen=True, slots=True)
 class OidcServer:
-    """A running oidc-provider: one client that proves itself by Basic, one by fields of the body."""
+    """A running oidc-provider: a client that proves itself by Basic, one by fields of the body, one that signs.
+
+    The last one may also use client credentials and the device flow.
+    """
 
     basic: Client
     post: Client
+    key: Client
 
     @property
     def issuer(self) -> str:
@@ -272,6 +276,20 @@ async def consent_oidc(authorize_url: str, *, account: str = "ada", decision: st
                 return str(target)
             answer = await http.get(target)
     raise AssertionError("the server never sent the browser back")
+
+
+async def type_in(verification_uri: str, user_code: str, *, account: str = "ada") -> None:
+    """Type a device flow's code in at oidc-provider, log in and consent."""
+    async with httpx2.AsyncClient(trust_env=False, timeout=30, follow_redirects=True) as http:
+        page = await http.get(verification_uri)
+        for fields in ({"user_code": user_code}, {"confirm": "yes"}):
+            form = forms_of(page.text)[0]
+            page = await http.post(urljoin(str(page.url), form.action), data={**form.fields, **fields})
+        for _ in range(3):
+            if "/interaction/" in str(page.url):
+                page = await http.post(page.url, data={"account": account, "decision": "allow"})
+        assert page.status_code == 200, page.text
+        assert "success" in page.text.lower(), page.text
 
 
 async def withdraw_grants(issuer: str, account: str) -> None:

@@ -29,6 +29,7 @@ from tests.real.parts import (
     consent_github,
     consent_google,
     consent_oidc,
+    type_in,
     withdraw_grants,
 )
 
@@ -46,6 +47,7 @@ class Broker:
     backend: httpx2.AsyncClient
     admin_key: str = field(repr=False)
     service_key: str = field(repr=False)
+    poll_devices: Callable[[], Awaitable[object]]
 
     async def call(self, method: str, path: str, body: Any = None, *, admin: bool = False) -> httpx2.Response:
         """Call ``/v1`` as the app's backend, or as the operator."""
@@ -132,7 +134,7 @@ async def broker(tmp_path: Path, broker_url: str, broker_listener: socket.socket
         body = {"name": "app", "roles": ["service"], "grants": [grant]}
         made = await backend.post("/v1/callers", json=body, headers={"Authorization": f"Bearer {admin_key}"})
         assert made.status_code == 201, made.text
-        yield Broker(broker_url, backend, admin_key, made.json()["key"])
+        yield Broker(broker_url, backend, admin_key, made.json()["key"], parts.device_flows.poll_due)
 
 
 async def integrate_github(broker: Broker, github: Client) -> None:
@@ -357,3 +359,55 @@ async def test_the_operators_test_proves_or_disproves_the_clients_credentials(
     assert answer.status_code == 200, answer.text
     assert answer.json()["ok"] is secret_is_right, answer.text
     assert {check["name"]: check["ok"] for check in answer.json()["checks"]}["client"] is secret_is_right
+
+
+# What needs no browser, and a client without a shared secret
+
+
+async def integrate_key(broker: Broker, oidc: OidcServer) -> None:
+    scopes = "openid profile email offline_access"
+    await broker.integrate("oidc-key", "oidc", oidc.key, scopes, issuer=oidc.issuer, client_auth="private_key_jwt")
+
+
+async def test_a_client_that_signs_connects_and_refreshes(broker: Broker, oidc: OidcServer) -> None:
+    await integrate_key(broker, oidc)
+    connection = await broker.connect("oidc-key", consent_oidc)
+    assert connection["account"]["id"] == "ada"
+    first = await broker.token(connection)
+    second = await broker.token(connection, not_token_sha256=hashlib.sha256(first.encode()).hexdigest())
+    assert second != first
+    assert await broker.disconnect(connection) == "revoked"
+
+
+async def test_the_test_of_an_integration_proves_a_signing_client(broker: Broker, oidc: OidcServer) -> None:
+    await integrate_key(broker, oidc)
+    answer = await broker.call("POST", "/v1/integrations/oidc-key/test", admin=True)
+    assert answer.json()["ok"] is True, answer.text
+
+
+async def test_client_credentials_are_minted_and_shared(broker: Broker, oidc: OidcServer) -> None:
+    await integrate_key(broker, oidc)
+    body = {"integration": "oidc-key", "subject": SUBJECT, "credentials": {"type": "client_credentials", "scopes": []}}
+    made = await broker.call("POST", "/v1/connections", body)
+    assert made.status_code == 201, made.text
+    tokens = await asyncio.gather(*(broker.token(made.json()) for _ in range(5)))
+    assert len(set(tokens)) == 1
+    assert (await broker.show(made.json()))["expires_at"] is not None
+
+
+async def test_a_device_flow_ends_in_a_connection_that_refreshes(broker: Broker, oidc: OidcServer) -> None:
+    await integrate_key(broker, oidc)
+    started = await broker.call("POST", "/v1/device-flows", {"integration": "oidc-key", "subject": SUBJECT})
+    assert started.status_code == 201, started.text
+    flow = started.json()
+    assert (await broker.call("GET", f"/v1/device-flows/{flow['id']}")).json()["status"] == "pending"
+    await type_in(flow["verification_uri"], flow["user_code"])
+    async with asyncio.timeout(30):
+        while (seen := (await broker.call("GET", f"/v1/device-flows/{flow['id']}")).json())["status"] == "pending":
+            await broker.poll_devices()
+            await asyncio.sleep(0.2)
+    assert seen["status"] == "connected", seen
+    connection = (await broker.call("GET", f"/v1/connections/{seen['connection_id']}")).json()
+    assert (connection["account"]["id"], connection["status"]) == ("ada", "active")
+    first = await broker.token(connection)
+    assert await broker.token(connection, not_token_sha256=hashlib.sha256(first.encode()).hexdigest()) != first
