@@ -160,6 +160,7 @@ def made_up_credential(provider: Provider, *, refresh: bool = True, secret: bool
         urls=urls,
         hosts={name: _filled(provider, url) for name, url in provider.hosts.items()},
         client_auth=oauth2.client_auth,
+        variables={variable.name: variable.example for variable in provider.variables},
     )
 
 

@@ -17,6 +17,7 @@ from providers.spec import ClientAuth, Secret
 ASSERTION_TYPE = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"
 ASSERTION_SECONDS = 300
 CURVES = {"P-256": "ES256", "P-384": "ES384", "P-521": "ES512"}
+LEAST_RSA_BITS = 2048  # RFC 7518 3.3
 ALGORITHMS = ["RS256", *CURVES.values()]
 
 
@@ -61,13 +62,19 @@ def signed_jwt(
     """Sign claims, with ``iat`` and ``exp``, as a compact JWS (RFC 7515); pure.
 
     The key is a PEM (PKCS #8, PKCS #1 or SEC 1) or a private JWK: RSA signs RS256, an EC key by its curve.
-    ``kid`` is ``key_id``, else the JWK's own, else its thumbprint (RFC 7638). ``ValueError`` for anything else than a key.
+    ``kid`` is ``key_id``, else the JWK's own, else its thumbprint (RFC 7638). ``ValueError`` for anything else than a key
+    that can sign; its text quotes nothing.
     """
     key = _key(private_key)
     header = {"alg": _algorithm(key), "typ": "JWT", "kid": key_id or key.kid or key.thumbprint()}
     issued_at = int(now) - issued_ago_seconds
     whole = {**claims, "iat": issued_at, "exp": int(now) + lifetime_seconds}
     return jwt.encode(header, whole, key, algorithms=ALGORITHMS)
+
+
+def signing_algorithm(private_key: Secret) -> str:
+    """Return the ``alg`` with which ``signed_jwt`` signs; ``ValueError`` as there. Pure."""
+    return _algorithm(_key(private_key))
 
 
 def _key(private_key: Secret) -> RSAKey | ECKey:
@@ -84,6 +91,8 @@ def _key(private_key: Secret) -> RSAKey | ECKey:
 
 def _algorithm(key: RSAKey | ECKey) -> str:
     if isinstance(key, RSAKey):
+        if key.raw_value.key_size < LEAST_RSA_BITS:
+            raise ValueError("the private key is too short: RSA needs 2048 bits at least")
         return "RS256"
     if key.curve_name not in CURVES:
         raise ValueError("the private key is of a curve that cannot sign here")

@@ -1,21 +1,30 @@
-"""GitHub: OAuth Apps and GitHub Apps (user tokens) share one dialogue; GitHub Enterprise by config overrides.
+"""GitHub: OAuth Apps and GitHub Apps (user tokens) share one dialogue, installations mint; Enterprise Server by overrides.
 
 Sources: https://docs.github.com/en/apps/oauth-apps/building-oauth-apps/authorizing-oauth-apps,
 https://docs.github.com/en/apps/creating-github-apps/authenticating-with-a-github-app/refreshing-user-access-tokens,
 https://docs.github.com/en/apps/oauth-apps/building-oauth-apps/scopes-for-oauth-apps,
-https://docs.github.com/en/rest/apps/oauth-applications.
+https://docs.github.com/en/rest/apps/oauth-applications,
+https://docs.github.com/en/apps/creating-github-apps/authenticating-with-a-github-app/generating-a-json-web-token-jwt-for-a-github-app,
+https://docs.github.com/en/rest/apps/apps#create-an-installation-access-token-for-an-app.
 """
 
 import base64
 import json
+from collections.abc import Mapping
+from typing import Any
 from urllib.parse import quote
 
+from providers.client_auth import signed_jwt
+from providers.minting import require_private_key, require_text
 from providers.spec import (
     Account,
     ApiKey,
     Credential,
     Dialogue,
+    Minter,
+    Minting,
     OAuth2,
+    Outcome,
     Outgoing,
     Provider,
     ProviderAnswerError,
@@ -29,6 +38,28 @@ HEADERS = {
     "X-GitHub-Api-Version": "2022-11-28",  # GitHub Enterprise Server does not know 2026-03-10 yet
 }
 SIX_MONTHS_SECONDS = 15_811_200
+APP_JWT_SECONDS = 540  # ten minutes is the most, by GitHub's clock
+APP_JWT_AGE_SECONDS = 60
+# What the API says instead of an error code when there is no token for an installation, as its messages begin.
+MESSAGES = {
+    "Not Found": "installation_not_found",
+    "Integration not found": "app_not_found",
+    "A JSON web token could not be decoded": "app_key_refused",
+    "This installation has been suspended": "installation_suspended",
+    "'Expiration time' claim": "clock_skew",
+    "'Issued at' claim": "clock_skew",
+    "API rate limit exceeded": "rate_limited",
+    "You have exceeded a secondary rate limit": "rate_limited",
+}
+# Uninstalled, or the app or its key deleted: only a new import helps. A suspended installation comes back as it was.
+MINTING_OUTCOMES: Mapping[str, Outcome] = {
+    "installation_not_found": "permanent",
+    "app_not_found": "permanent",
+    "app_key_refused": "permanent",
+    "installation_suspended": "transient",
+    "clock_skew": "transient",
+    "rate_limited": "transient",
+}
 
 
 def identify(credential: Credential) -> Dialogue[Account]:
@@ -71,6 +102,40 @@ def revoke(credential: Credential) -> Dialogue[bool]:
     return asked.status == 401
 
 
+def read_app(given: Mapping[str, Any]) -> Mapping[str, str]:
+    """Check an app's id (or client id), the id of its installation and the key; ``ValueError`` when they cannot be right."""
+    return {
+        "app_id": require_text(given.get("app_id"), r"[A-Za-z0-9._-]{1,64}", "app_id"),
+        "installation_id": require_text(given.get("installation_id"), r"[0-9]{1,20}", "installation_id"),
+        "private_key": require_private_key(given.get("private_key"), algorithm="RS256"),
+    }
+
+
+def installation_request(minter: Minter) -> Outgoing:
+    """Ask for an installation's token, as the app. ``iat`` lies a minute back because GitHub's clock may."""
+    app_id, installation = (minter.material[name].reveal() for name in ("app_id", "installation_id"))
+    claims, key = {"iss": app_id}, minter.material["private_key"]
+    assertion = signed_jwt(
+        key, claims, now=minter.now, lifetime_seconds=APP_JWT_SECONDS, issued_ago_seconds=APP_JWT_AGE_SECONDS
+    )
+    url = f"{_api(minter.credential)}/app/installations/{installation}/access_tokens"
+    return Outgoing("POST", url, {**HEADERS, "Authorization": f"Bearer {assertion}"})
+
+
+def parse_installation(answer: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Give the token its common name, and a message that says why there is none its code."""
+    if "token" in answer:
+        return {**answer, "access_token": answer["token"]}
+    message = answer.get("message")
+    said = message if isinstance(message, str) else ""
+    return {"error": next((code for start, code in MESSAGES.items() if said.startswith(start)), "unknown_error")}
+
+
+def installation_of(material: Mapping[str, str]) -> Account:
+    """Name an installation by its id; whose it is would take another call."""
+    return Account(material["installation_id"])
+
+
 def _api(credential: Credential) -> str:
     return credential.hosts[""].rstrip("/")
 
@@ -102,7 +167,7 @@ PROVIDER = Provider(
             "project": ("read:project",),
             "write:discussion": ("read:discussion",),
         },
-        unscoped_prefixes=("ghu_",),  # a GitHub App's user token: permissions stand in the app's settings
+        unscoped_prefixes=("ghu_", "ghs_"),  # a GitHub App's tokens: permissions stand in the app's settings
         consent_params={},  # there is no parameter that shows consent again
         token_headers={"Accept": "application/json"},  # else the answer is form-encoded
         error_outcomes={  # they come with status 200
@@ -110,6 +175,7 @@ PROVIDER = Provider(
             "bad_verification_code": "permanent",
             "bad_refresh_token": "permanent",
             "unverified_user_email": "permanent",
+            **MINTING_OUTCOMES,
         },
         # Refreshing kills the old refresh token and the old access token at once, and always brings new ones.
         refresh=Refresh(
@@ -120,6 +186,16 @@ PROVIDER = Provider(
     api_key=ApiKey(
         "Personal access token", "Settings, Developer settings, Personal access tokens: ghp_… or github_pat_…"
     ),
+    minting={
+        "github_app": Minting(
+            "GitHub App installation",
+            installation_request,
+            {"app_id": True, "installation_id": True, "private_key": True},
+            read=read_app,
+            parse_token=parse_installation,
+            account=installation_of,
+        )
+    },
     hosts={"": "https://api.github.com", "uploads": "https://uploads.github.com"},
     headers=HEADERS,
     identify=identify,

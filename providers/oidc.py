@@ -9,6 +9,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 from providers.client_auth import client_authentication
+from providers.minting import client_credentials
 from providers.spec import (
     Account,
     Credential,
@@ -103,5 +104,7 @@ PROVIDER = Provider(
         # Keycloak ends the user's session and consent for the client with the refresh token, so assume that of all.
         revocation=Revocation(revoke, kills="token", kills_with_refresh="grant"),
     ),
+    # Which API a token is for: ``resource`` (RFC 8707 2), or ``audience`` where a server has its own name for it.
+    minting={"client_credentials": client_credentials(fields={"audience": False, "resource": False})},
     identify=userinfo,
 )

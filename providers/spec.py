@@ -173,7 +173,8 @@ class OAuth2:
     ``refresh_url``: where refreshes go, when not to ``token_url``. ``pkce``: False only where a confidential client cannot
     use it. ``scope_param``: the parameter's name in the authorization request, ``""`` where scopes are not asked for.
     ``token_format``: how bodies for the token endpoint are written. ``exchange_params`` go into each code exchange besides.
-    ``device_auth``: how the client proves itself in a device flow, when otherwise than with ``client_auth``.
+    ``device_auth``: how the client proves itself in a device flow, when otherwise than with ``client_auth``;
+    ``device_scope_param``: the name under which that asks for scopes.
     ``token_variables``: variable → member of the (reshaped) token answer that it is learned from; ``callback_variables``:
     variable → parameter of the callback. ``verify_callback`` is pure: says whether the callback's parameters, as received,
     were signed with the client secret; it is asked before anything is sent.
@@ -206,6 +207,7 @@ class OAuth2:
     pkce: bool = True
     scope_param: str = "scope"
     device_auth: ClientAuth | None = None
+    device_scope_param: str = "scope"
     token_variables: Mapping[str, str] = field(default_factory=dict)
     callback_variables: Mapping[str, str] = field(default_factory=dict)
     verify_callback: Callable[[Sequence[tuple[str, str]], Secret], bool] | None = None
@@ -288,7 +290,7 @@ class Provider:
     ``hosts`` are the API bases by name, ``""`` the default one, each exactly what the vendor's SDK takes as its base URL.
     ``minting``: other ways to obtain a token, by the ``type`` of an import. ``headers`` go with each proxied call and may
     hold variables. ``identify`` asks who the account is when there is no ID token, or the ID token lacks it. ``env_prefix``
-    is set where ``<PREFIX>_CLIENT_ID`` and ``<PREFIX>_CLIENT_SECRET`` in the environment make an integration of the provider's name.
+    is set where ``<PREFIX>_CLIENT_ID`` and ``<PREFIX>_CLIENT_SECRET`` in the environment make an integration of that name.
     """
 
     name: str

@@ -27,7 +27,8 @@ class Call:
 
     ``bearer``: the live access token must be in ``Authorization: Bearer`` (else 401). ``basic``: the client must prove itself
     so. ``needs``: members of a form or JSON body, by value; ``{access}``, ``{refresh}``, ``{client_id}``, ``{client_secret}``
-    stand for the real ones. ``kills``: a success ends the tokens of the grant.
+    stand for the real ones, there, in ``headers`` and in the URL (tokens not in a URL). A query of the URL must be there just
+    so, and none where it has none. ``kills``: a success ends the tokens of the grant.
     """
 
     method: str
@@ -48,13 +49,20 @@ class Behaviour:
     the challenge), ``ignored``, or ``refused`` (neither may be sent). ``scope_separator`` and ``scope_param`` of the
     authorization request. ``authorize_needs``: parameters that it must have. ``exchange_needs``, ``refresh_needs``: members of
     those requests besides the protocol's. ``code_answer`` and ``refresh_answer`` are the whole answers; without a
-    ``refresh_answer`` there are no refresh tokens. ``rotates``: a used refresh token is dead; ``ends_access``: and so is the old access token.
+    ``refresh_answer`` there are no refresh tokens. ``rotates``: a used refresh token is dead; ``ends_access``: and so is the
+    old access token.
     ``dead``: the answer to a refresh token that is not live. ``refused_client``: to a wrong client secret. ``busy``: when the
     provider has no time. ``callback``: parameters that it adds to the callback. ``signs_callback``: it adds ``hmac``, the hex
     HMAC-SHA256 with the client secret over the sorted query. ``given``: variables of the session.
     ``calls``: the API calls that identity and revocation make. ``account_id``, ``variables``, ``scopes``, ``missing_scopes``,
     ``revocation``: what the connection must show in the end; ``asked_scopes`` is what the integration asks for.
     ``expires_in_seconds``: how long the first access token lives by ``code_answer``; None: it has no end.
+    ``scopes`` None: just what was asked for. ``variables`` besides those of ``given``. Requests for tokens may have no members
+    but the protocol's and those of ``exchange_needs`` and ``refresh_needs``; these may hold ``{client_id}`` and the like.
+    ``token_headers``: headers that those requests must have. ``{id_token}`` in an answer is signed by the fake; ``claims``
+    are added to it, or replace its own (``sub`` is ``account_id``). ``urls``: addresses as documented, by the names of
+    ``OAuth2``; for those that are not here the provider's file is believed. A token may have a beginning of its own:
+    ``"gho_{access}"``.
     """
 
     provider: str
@@ -88,3 +96,6 @@ class Behaviour:
     refresh_expires_in_seconds: float | None = None
     revocation: str = "unsupported"
     name: str = ""
+    token_headers: Mapping[str, str] = field(default_factory=dict)
+    claims: Mapping[str, Any] = field(default_factory=dict)
+    urls: Mapping[str, str] = field(default_factory=dict)

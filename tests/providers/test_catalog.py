@@ -81,6 +81,7 @@ def credential_of(provider: Provider, *, refresh: bool, secret: bool = True) -> 
         urls=urls,
         hosts={name: filled(provider, url) for name, url in provider.hosts.items()},
         client_auth=oauth2.client_auth,
+        variables={variable.name: variable.example for variable in provider.variables},
     )
 
 
@@ -284,7 +285,7 @@ BAD: dict[str, tuple[Provider, str]] = {
     "a host that ends in a dot": (replace(GOOD, hosts={"": "https://{shop}.example.test./x"}), "must be an https URL"),
     "a token endpoint over http": (good_with(token_url="http://example.test/token"), "token_url must be an https URL"),
     "an undeclared variable": (replace(GOOD, hosts={"": "https://{shop}.{zone}.test"}), "not declared"),
-    "an unused variable": (replace(GOOD, hosts={"": "https://example.test"}), "no URL has"),
+    "an unused variable": (replace(GOOD, hosts={"": "https://example.test"}), "that no URL and no header has"),
     "a broken pattern": (variable("["), "not a regular expression"),
     "an example that does not match": (variable(r"[0-9]+"), "does not match"),
     "a pattern that lets a slash through": (variable(r".+"), "ends or splits a host"),

@@ -1,14 +1,26 @@
-"""Google's recorded answers: retryable errors by description, and a revocation that ends a whole project."""
+"""Google's recorded answers: retryable errors, a revocation that ends a whole project, and tokens of service accounts."""
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from typing import Any
 from urllib.parse import parse_qs
 
 import pytest
 
-from providers.google import PROVIDER, parse_token, revoke
-from providers.spec import Credential, Incoming, Secret
+from broker.token_endpoint import TokenAnswer, TokenRefusal, parse_answer
+from providers.google import (
+    PROVIDER,
+    parse_minted,
+    parse_token,
+    read_service_account,
+    revoke,
+    service_account_of,
+    service_account_request,
+)
+from providers.spec import Account, Credential, Incoming, Minter, Secret
+from tests.providers.keys import RSA_PEM, ec_key, opened, pem
 
 REVOKE_URL = "https://oauth2.googleapis.com/revoke"
 
@@ -110,3 +122,153 @@ def test_the_facts_of_the_definition() -> None:
     )
     assert PROVIDER.hosts["gmail"] == "https://gmail.googleapis.com"
     assert PROVIDER.env_prefix == "GOOGLE"
+
+
+# --- service accounts
+
+NOW = 1_328_550_785.0
+EMAIL = "761326798069-r5mljlln1rd4lrbhg75efgigp36m78j5@developer.gserviceaccount.com"
+# The shape of a downloaded key: https://developers.google.com/identity/protocols/oauth2/service-account
+KEY = {
+    "type": "service_account",
+    "project_id": "my-project",
+    "private_key_id": "0123456789abcdef0123456789abcdef01234567",
+    "private_key": RSA_PEM,
+    "client_email": EMAIL,
+    "client_id": "100000000000000000001",
+    "auth_uri": "https://accounts.google.com/o/oauth2/auth",
+    "token_uri": "https://evil.example.test/token",
+    "universe_domain": "googleapis.com",
+}
+KEPT = {name: KEY[name] for name in ("client_email", "private_key", "private_key_id")}
+SCOPE = "https://www.googleapis.com/auth/devstorage.read_only"
+
+
+def minter(*scopes: str, **more: str) -> Minter:
+    material = {name: Secret(text) for name, text in {**KEPT, **more}.items()}
+    holder = credential(urls={"token_url": "http://127.0.0.1:9/token"}, client_id="", client_secret=None)
+    return Minter(material, holder, scopes, NOW, "unique")
+
+
+def asserted(asking: Minter) -> tuple[dict[str, Any], dict[str, Any]]:
+    form = parse_qs(service_account_request(asking).body.decode())
+    assert form["grant_type"] == ["urn:ietf:params:oauth:grant-type:jwt-bearer"]
+    return opened(form["assertion"][0])
+
+
+def judged(body: dict[str, Any], status: int) -> TokenAnswer | TokenRefusal:
+    """Read an answer as the broker does for a minted credential."""
+    assert PROVIDER.oauth2 is not None
+    rules = replace(PROVIDER.oauth2, parse_token=PROVIDER.minting["service_account"].parse_token)
+    return parse_answer(rules, Incoming(status, body=json.dumps(body).encode()), received_at=NOW)
+
+
+# https://developers.google.com/identity/protocols/oauth2/service-account#jwt-auth: the claim set that is printed there
+def test_the_assertion_is_the_documented_one() -> None:
+    header, claims = asserted(minter(SCOPE))
+    assert header == {"alg": "RS256", "typ": "JWT", "kid": KEY["private_key_id"]}
+    assert claims == {
+        "iss": EMAIL,
+        "scope": SCOPE,
+        "aud": "https://oauth2.googleapis.com/token",
+        "exp": 1_328_554_385,
+        "iat": 1_328_550_785,
+    }
+
+
+def test_scopes_are_joined_by_spaces_and_a_delegate_is_named() -> None:
+    _, claims = asserted(minter(SCOPE, "https://www.googleapis.com/auth/prediction", sub="some.user@example.com"))
+    assert claims["scope"] == f"{SCOPE} https://www.googleapis.com/auth/prediction"
+    assert claims["sub"] == "some.user@example.com"
+
+
+def test_an_assertion_goes_where_the_integration_says_and_is_good_at_google_only() -> None:
+    request = service_account_request(minter(SCOPE))
+    assert (request.method, request.url) == ("POST", "http://127.0.0.1:9/token")
+    assert asserted(minter(SCOPE))[1]["aud"] == "https://oauth2.googleapis.com/token"
+
+
+def test_without_scopes_there_is_no_request() -> None:
+    with pytest.raises(ValueError, match="needs scopes"):
+        service_account_request(minter())
+
+
+@pytest.mark.parametrize("key", [KEY, json.dumps(KEY)], ids=["object", "text"])
+def test_of_a_key_only_what_signs_is_kept(key: object) -> None:
+    assert read_service_account({"key": key}) == KEPT
+    assert read_service_account({"key": key, "sub": "some.user@example.com"}) == {
+        **KEPT,
+        "sub": "some.user@example.com",
+    }
+
+
+@pytest.mark.parametrize(
+    ("given", "what"),
+    [
+        ({}, "JSON object"),
+        ({"key": "CANARY"}, "JSON object"),
+        ({"key": {**KEY, "type": "authorized_user"}}, "not that of a service account"),
+        ({"key": {**KEY, "type": None}}, "not that of a service account"),
+        ({"key": {**KEY, "client_email": "CANARY"}}, "client_email"),
+        ({"key": {**KEY, "private_key_id": None}}, "private_key_id"),
+        ({"key": {**KEY, "private_key": "CANARY"}}, "private key"),
+        ({"key": {**KEY, "private_key": pem(ec_key())}}, "RS256"),
+        ({"key": KEY, "sub": "CANARY"}, "sub"),
+        ({"key": KEY, "sub": ""}, "sub"),
+    ],
+)
+def test_a_key_that_cannot_be_right_is_refused_by_name(given: dict[str, Any], what: str) -> None:
+    with pytest.raises(ValueError, match=what) as refused:
+        read_service_account(given)
+    assert "CANARY" not in str(refused.value)
+
+
+def test_the_account_is_the_service_accounts_and_another_for_each_user_that_it_acts_for() -> None:
+    assert service_account_of(KEPT) == Account(EMAIL, EMAIL, EMAIL)
+    acting = service_account_of({**KEPT, "sub": "some.user@example.com"})
+    assert acting == Account(f"{EMAIL} as some.user@example.com", "some.user@example.com", "some.user@example.com")
+
+
+# https://developers.google.com/identity/protocols/oauth2/service-account#handlingresponse
+def test_a_minted_token_is_read_with_its_end() -> None:
+    answer = judged(
+        {"access_token": "1/8xbJqaOZXSUZbHLl5EOtu1pxz3fmmetKx9W8CV4t79M", "token_type": "Bearer", "expires_in": 3600},
+        200,
+    )
+    assert isinstance(answer, TokenAnswer)
+    assert (answer.expires_at, answer.refresh_token, answer.scopes) == (NOW + 3600, None, None)
+
+
+@pytest.mark.parametrize(
+    ("error", "description", "outcome", "code"),
+    [
+        # googleapis/google-cloud-python#10004: the key was deleted
+        ("invalid_grant", "Invalid JWT Signature.", "permanent", "invalid_grant"),
+        ("invalid_grant", "Invalid grant: account not found", "permanent", "invalid_grant"),
+        # https://developers.google.com/identity/protocols/oauth2/service-account#error-codes
+        ("unauthorized_client", "Unauthorized client or scope in request.", "client_refused", "unauthorized_client"),
+        ("admin_policy_enforced", "Blocked by your administrator", "permanent", "admin_policy_enforced"),
+        ("invalid_scope", "Invalid OAuth scope or ID token audience provided.", "invalid", "invalid_scope"),
+        ("org_internal", "", "invalid", "unknown_error"),
+        # erebusnz/gapi-google-analytics-php-interface#147: the clock was wrong
+        (
+            "invalid_grant",
+            "Invalid JWT: Token must be a short-lived token (60 minutes) and in a reasonable timeframe. Check your iat and exp",
+            "transient",
+            "clock_skew",
+        ),
+        ("internal_failure", "", "transient", "internal_failure"),
+        ("invalid_grant", "server_error", "transient", "server_error"),
+    ],
+)
+def test_a_deleted_key_ends_the_connection_and_a_wrong_clock_does_not(
+    error: str, description: str, outcome: str, code: str
+) -> None:
+    refusal = judged({"error": error, "error_description": description}, 400)
+    assert isinstance(refusal, TokenRefusal)
+    assert (refusal.outcome, refusal.error) == (outcome, code)
+
+
+@pytest.mark.parametrize("answer", [{"error": "invalid_grant"}, {"error": "invalid_grant", "error_description": 7}])
+def test_a_refusal_without_a_description_is_left_as_it_is(answer: dict[str, Any]) -> None:
+    assert parse_minted(answer) == answer

@@ -10,7 +10,8 @@ from urllib.parse import parse_qs
 import pytest
 
 from providers.oidc import PROVIDER, parse_token, revoke, userinfo
-from providers.spec import Account, Credential, Incoming, Outgoing, ProviderAnswerError, Secret
+from providers.spec import Account, Credential, Incoming, Minter, Outgoing, ProviderAnswerError, Secret
+from tests.providers.keys import RSA_PEM, opened
 
 URLS = {"userinfo_url": "https://idp.example.test/userinfo", "revoke_url": "https://idp.example.test/revoke"}
 # OpenID Connect Core 5.3.2, https://openid.net/specs/openid-connect-core-1_0.html#UserInfoResponse
@@ -166,6 +167,55 @@ def test_what_cannot_be_asked_is_not_asked_and_not_claimed(changes: dict[str, An
 )
 def test_the_refresh_tokens_end_is_read_under_both_names(answer: dict[str, Any], seconds: int | None) -> None:
     assert parse_token(answer).get("refresh_token_expires_in") == seconds
+
+
+# RFC 7009 2.1 with RFC 7523 2.2: the assertion is for the token endpoint, also where it goes to revocation
+def test_a_client_with_a_key_signs_an_assertion_of_its_own_for_each_request() -> None:
+    urls = {**URLS, "token_url": "https://idp.example.test/token"}
+    keyed = credential(client_auth="private_key_jwt", client_secret=Secret(RSA_PEM), urls=urls, at=1_790_000_000.0)
+    asked, done = revoked(keyed, OK, OK)
+    assert done
+    claims = [opened(parse_qs(request.body.decode())["client_assertion"][0])[1] for request in asked]
+    assert {one["aud"] for one in claims} == {"https://idp.example.test/token"}
+    assert {one["exp"] for one in claims} == {1_790_000_300}
+    assert all(one["iss"] == one["sub"] == "client 1" for one in claims)
+    assert not any("client_secret" in parse_qs(request.body.decode()) for request in asked)
+
+
+def minter(*scopes: str, material: dict[str, str] | None = None, **changes: Any) -> Minter:
+    urls = {"token_url": "https://idp.example.test/token"}
+    held = {name: Secret(text) for name, text in (material or {}).items()}
+    return Minter(
+        held, credential(access_token=None, refresh_token=None, urls=urls, **changes), scopes, 1_790_000_000.0, "u-1"
+    )
+
+
+def minted(asking: Minter) -> dict[str, list[str]]:
+    request = PROVIDER.minting["client_credentials"].request(asking)
+    assert (request.method, request.url) == ("POST", "https://idp.example.test/token")
+    return parse_qs(request.body.decode())
+
+
+def test_a_client_gets_a_token_of_its_own_for_an_api() -> None:
+    way = PROVIDER.minting["client_credentials"]
+    assert (way.fields, way.uses_client, way.account) == ({"audience": False, "resource": False}, True, None)
+    assert minted(minter()) == {"grant_type": ["client_credentials"]}
+    body = minted(
+        minter("orders:read", "stock", material={"audience": "orders-api", "resource": "https://api.example.test/"})
+    )
+    assert body == {
+        "grant_type": ["client_credentials"],
+        "scope": ["orders:read stock"],
+        "audience": ["orders-api"],
+        "resource": ["https://api.example.test/"],
+    }
+
+
+def test_a_client_with_a_key_gets_one_too() -> None:
+    body = minted(minter("a", client_auth="private_key_jwt", client_secret=Secret(RSA_PEM)))
+    _, claims = opened(body["client_assertion"][0])
+    assert (claims["aud"], claims["jti"], claims["iat"]) == ("https://idp.example.test/token", "u-1", 1_790_000_000)
+    assert "client_secret" not in body
 
 
 def test_the_facts_of_the_definition() -> None:

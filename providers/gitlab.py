@@ -1,0 +1,58 @@
+"""GitLab: a refresh ends the old access and refresh token at once, and repeats the redirect_uri; self-managed by overrides.
+
+Sources: https://docs.gitlab.com/api/oauth2/, https://docs.gitlab.com/integration/oauth_provider/,
+https://docs.gitlab.com/api/users/, https://docs.gitlab.com/security/tokens/,
+doorkeeper-gem/doorkeeper (tokens_controller.rb: what a revocation ends).
+"""
+
+from providers.oidc import revoke
+from providers.spec import (
+    Account,
+    ApiKey,
+    Credential,
+    Dialogue,
+    OAuth2,
+    Outgoing,
+    Provider,
+    ProviderAnswerError,
+    Refresh,
+    Revocation,
+)
+
+
+def identify(credential: Credential) -> Dialogue[Account]:
+    """Ask ``GET /user``, which any of ``read_user``, ``read_api`` and ``api`` may. The id is GitLab's number."""
+    if credential.access_token is None:
+        raise ProviderAnswerError("there is no access token to ask with")
+    headers = {"Authorization": f"Bearer {credential.access_token.reveal()}", "Accept": "application/json"}
+    answer = yield Outgoing("GET", f"{credential.hosts[''].rstrip('/')}/user", headers)
+    user = answer.json() if answer.status == 200 else None
+    number = user.get("id") if isinstance(user, dict) else None
+    if not isinstance(user, dict) or not isinstance(number, int) or isinstance(number, bool):
+        raise ProviderAnswerError("the API did not say who consented")
+    name, email = user.get("username"), user.get("email")
+    return Account(str(number), name if isinstance(name, str) else None, email if isinstance(email, str) else None)
+
+
+PROVIDER = Provider(
+    name="gitlab",
+    title="GitLab",
+    docs_url="https://docs.gitlab.com/api/oauth2/",
+    oauth2=OAuth2(
+        authorize_url="https://gitlab.com/oauth/authorize",
+        token_url="https://gitlab.com/oauth/token",  # noqa: S106 - an address
+        revoke_url="https://gitlab.com/oauth/revoke",
+        device_url="https://gitlab.com/oauth/authorize_device",
+        default_scopes=("read_user",),
+        consent_params={},  # no parameter shows consent again
+        refresh=Refresh(rotates=True, keep_old=False, ends_access=True, redirect_uri=True),
+        # Access and refresh token are two columns of one row there: either ends both, and those of no other flow.
+        revocation=Revocation(revoke, kills="token", kills_with_refresh="token"),
+    ),
+    api_key=ApiKey(
+        "Personal, project or group access token",
+        "Preferences (of a project or group: Settings), Access tokens: glpat-…",
+    ),
+    hosts={"": "https://gitlab.com/api/v4"},
+    identify=identify,
+)
