@@ -17,7 +17,8 @@ define HELP
   make test-real    tests against real parts that npm, Debian or Go bring (needs npm)
   make check        ruff, formatting, types, import layers, locks, rules, docs
   make crash        the crash and load campaigns in full length
-  make bench        run the benchmarks
+  make soak         five minutes of a provider in trouble, with its figures
+  make bench        run the benchmarks; make bench-tokens the one of token hand-outs
   make fresh-check  demo and test in a clone, with an empty home and nothing but Python and make on the path
   make lock         refresh requirements.lock and requirements-dev.lock (needs the package index)
   make clean        remove what the other targets made
@@ -28,7 +29,7 @@ define HELP
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-real check bench crash fresh-check lock clean runtime-environment dev-environment \
+.PHONY: help demo test test-real check bench bench-tokens crash soak fresh-check lock clean runtime-environment dev-environment \
 	check-lint check-format check-types check-imports check-rules
 
 help:
@@ -69,12 +70,20 @@ check-imports:
 check-rules:
 	$(PYTEST) -q tests/test_rules.py tests/test_docs.py
 
+bench bench-tokens: export PYTHONPATH := $(CURDIR)
+
+bench-tokens: dev-environment
+	$(BIN)/python benchmarks/tokens.py
+
 bench: dev-environment
 	$(if $(BENCHMARKS),,$(error there is nothing in benchmarks/))
 	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script; done
 
 crash: dev-environment
-	TEST_LONG=1 $(PYTEST) --timeout 7200 tests/crash $(TEST)
+	TEST_LONG=1 $(PYTEST) --timeout 7200 -s tests/crash $(TEST)
+
+soak: dev-environment
+	TEST_LONG=1 $(PYTEST) -s tests/crash/test_provider_faults.py $(TEST)
 
 fresh-check:
 	@$(PYTHON) .ci/fresh_check.py $(FRESH)

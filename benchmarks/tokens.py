@@ -1,169 +1,181 @@
-"""Token hand-outs a second on one core against a bare Litestar route, in one run: `python benchmarks/tokens.py`.
+"""Token hand-outs a second on one core against a bare Litestar route, and with 100,000 connections against 1,000.
 
-The broker runs on embedded defaults (SQLite, ``synchronous=FULL``) with the audit durable before each answer: the number of
-audit rows must equal the number of answers. Server on core 0, load on core 1, 64 connections, uniformly random ids.
-The last line is JSON.
+`make bench-tokens`. Servers on core 0 with all of their threads; load and PostgreSQL on core 1; 64 connections; uniformly
+random ids. The broker runs as in production (JSON log lines, SQLite with ``synchronous=FULL``, PostgreSQL as it comes), and
+every answer's audit record is durable before it: the number of audit rows has to equal the number of answers, those of the
+warm-up too. Variants are interleaved, so that a drifting machine hurts all alike. The last line is JSON.
 """
 
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import json
 import os
 import random
-import socket
-import sqlite3
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import uvloop
+import sqlalchemy as sa
+from _fill import fill
 from _load import Measured, measure
+from _servers import Server, broker_server, peer_server, postgres, stay_on_load_core
+from sqlmodel import Session
 
-from broker.app import open_parts
 from broker.callers import mint_key
-from broker.connections import Import
-from broker.integrations import Draft
-from broker.policy import Principal
+from broker.database import opened
 from broker.settings import load_settings
-from providers.spec import Secret
 
-ROOT = Path(__file__).resolve().parent
-CONNECTIONS, ROUNDS, SECONDS, POPULATION = 64, 5, 4.0, 10_000
-ADMIN = Principal("benchmark", "benchmark", frozenset({"admin"}), (), "")
+CONNECTIONS, ROUNDS, SECONDS, WARM_SECONDS, POPULATION, FEW, MANY = 64, 5, 3.0, 3.0, 10_000, 1_000, 100_000
+BARS = {"sqlite_vs_litestar": 0.35, "postgresql_vs_litestar": 0.25}
+MOST_GROWTH, MOST_P99_GROWTH = 1.2, 2.0
+HANDED_OUT = sa.text("SELECT count(*) FROM audit_records WHERE action = 'connection.token'")
 
 
-async def fill(data_dir: Path, key: str) -> list[str]:
-    """Make the integration and its connections; return their ids."""
-    settings = load_settings({}, directory=data_dir, env="development", data_dir=data_dir, admin_key=key)
-    async with open_parts(settings) as parts:
-        urls = {
-            "authorize_url": "http://127.0.0.1:9/a",
-            "token_url": "http://127.0.0.1:9/t",
-            "issuer": "http://127.0.0.1:9",
-        }
-        urls["jwks_url"] = "http://127.0.0.1:9/j"
-        draft = Draft("bench", "github", client_id="bench", client_secret=Secret("bench-secret"))
-        await parts.integrations.create(draft, ADMIN)
-        made = []
-        for number in range(POPULATION):
-            wanted = Import(
-                "bench", f"user:{number}", {"type": "oauth2", "access_token": f"token-{number:08d}-{'x' * 24}"}
-            )
-            made.append((await parts.connections.import_(wanted, ADMIN)).id)
-        return made
+@dataclass
+class Variant:
+    """A server under load, and what its rounds gave."""
+
+    name: str
+    server: Server
+    next_request: Callable[[], bytes]
+    database_url: str | None = None
+    rounds: list[Measured] = field(default_factory=list)
+    answers: int = 0
+    bad: int = 0
+    cpu_us: list[float] = field(default_factory=list)
+
+    def run(self, seconds: float, *, counts: bool = True) -> None:
+        """Load it; ``counts``: this round is one of those that are reported."""
+        before = self.server.cpu_seconds()
+        round_ = measure(self.server.port, self.next_request, connections=CONNECTIONS, seconds=seconds)
+        answered = sum(round_.statuses.values())
+        self.answers += round_.statuses.get(200, 0)
+        self.bad += answered - round_.statuses.get(200, 0)
+        if counts:
+            self.rounds.append(round_)
+            self.cpu_us.append((self.server.cpu_seconds() - before) / answered * 1e6)
+
+    def median(self, name: str) -> float:
+        """Return the median over the rounds of one field of ``Measured``."""
+        return statistics.median(getattr(one, name) for one in self.rounds)
 
 
 @contextlib.contextmanager
-def server(arguments: list[str], port: int, path: str, environment: dict[str, str] | None = None) -> Iterator[None]:
-    """Run a server on core 0 until the block ends."""
-    process = subprocess.Popen(  # noqa: S603 - our own commands
-        arguments,
-        env={"PATH": os.environ["PATH"], **(environment or {})},
-        stderr=subprocess.DEVNULL,
-        preexec_fn=lambda: os.sched_setaffinity(0, {0}),  # noqa: PLW1509 - this process has one thread
-    )
-    try:
-        for _ in range(300):
-            with contextlib.suppress(OSError):
-                urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=1).close()
-                break
-            time.sleep(0.1)
-        yield
-    finally:
-        process.terminate()
-        process.wait(30)
+def broker(name: str, count: int, database_url: str | None = None) -> Iterator[Variant]:
+    """Fill a new database with ``count`` connections and serve it."""
+    with tempfile.TemporaryDirectory(prefix="broker-bench-") as directory:
+        key = mint_key()[1].reveal()
+        environment = {
+            "BROKER_ENV": "production",
+            "BROKER_PUBLIC_URL": "https://broker.example",
+            "BROKER_KEYRING": f"bench:{base64.b64encode(os.urandom(32)).decode()}",
+            "BROKER_DATA_DIR": directory,
+            "BROKER_DATABASE_URL": database_url or f"sqlite:///{directory}/broker.db",
+        }
+        settings = load_settings({**environment, "BROKER_ADMIN_KEY": key}, directory=Path(directory))
+        started = time.monotonic()
+        ids = asyncio.run(fill(settings, count))
+        print(f"{name}: {count:,} connections made in {time.monotonic() - started:.1f} s", flush=True)
+        with broker_server(environment) as server:
+            yield Variant(name, server, token_requests(ids, key), environment["BROKER_DATABASE_URL"])
 
 
-def free_port() -> int:
-    """Return a port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def run(port: int, request: Callable[[], bytes]) -> Measured:
-    """Measure one round with the load on core 1."""
-    os.sched_setaffinity(0, {1})
-    return uvloop.run(measure(port, request, connections=CONNECTIONS, seconds=SECONDS))
-
-
-def token_requests(ids: list[str], key: str) -> Callable[[], bytes]:
+def token_requests(ids: Sequence[str], key: str) -> Callable[[], bytes]:
     """Return a function that makes the next request for a random connection."""
-    heads = [
-        f"POST /v1/connections/{one}/token HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {key}\r\n"
-        "Content-Length: 2\r\nContent-Type: application/json\r\n\r\n{}".encode()
-        for one in ids
-    ]
-    return lambda: random.choice(heads)  # noqa: S311 - load, not secrecy
+    head, tail = b"POST /v1/connections/", f"/token HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {key}\r\n"
+    rest = tail.encode() + b"Content-Length: 2\r\nContent-Type: application/json\r\n\r\n{}"
+    raw, count = [one.encode() for one in ids], len(ids)
+    return lambda: head + raw[int(random.random() * count)] + rest  # noqa: S311 - load, not secrecy
 
 
-def audit_rows(data_dir: Path) -> int:
+def bare() -> contextlib.AbstractContextManager[Server]:
+    """Serve the peer."""
+    return peer_server("litestar_bare", "/token")
+
+
+async def audited(database_url: str) -> int:
     """Count the hand-outs in the audit table."""
-    with contextlib.closing(sqlite3.connect(data_dir / "broker.db")) as database:
-        query = "SELECT count(*) FROM audit_records WHERE action = 'connection.token'"
-        return int(database.execute(query).fetchone()[0])
+    async with opened(database_url, migrate=False) as database:
+
+        def count(session: Session) -> int:
+            return int(session.connection().execute(HANDED_OUT).scalar_one())
+
+        return await database.read(count)
+
+
+def interleaved(variants: Sequence[Variant]) -> None:
+    """Warm all of them, then run them in turn."""
+    for one in variants:
+        one.run(WARM_SECONDS, counts=False)
+    for _ in range(ROUNDS):
+        for one in variants:
+            one.run(SECONDS)
+    for one in variants:
+        print(
+            f"{one.name:20s} {one.median('per_second'):9,.0f} a second   p50 {one.median('p50_ms'):6.2f} ms   "
+            f"p99 {one.median('p99_ms'):6.2f} ms   {statistics.median(one.cpu_us):5.0f} µs of the core each   "
+            f"{one.server.memory_bytes() / 2**20:4.0f} MiB",
+            flush=True,
+        )
+
+
+def proven(variants: Sequence[Variant]) -> None:
+    """End here, with an error, when an answer was no hand-out or the audit does not have exactly the answers."""
+    for one in variants:
+        rows = asyncio.run(audited(one.database_url)) if one.database_url is not None else one.answers
+        print(f"{one.name}: {one.answers:,} answers, {rows:,} audit rows, {one.bad} other answers")
+        if one.bad or rows != one.answers:
+            sys.exit(f"{one.name}: not every answer was a hand-out with its audit record")
+
+
+def speed(new_database: Callable[[str], str]) -> dict[str, float]:
+    """Measure both databases against the peer."""
+    with (
+        bare() as peer,
+        broker("SQLite", POPULATION) as sqlite,
+        broker("PostgreSQL", POPULATION, new_database("speed")) as postgresql,
+    ):
+        plain = Variant("Litestar, bare", peer, lambda: b"GET /token HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+        interleaved([plain, sqlite, postgresql])
+        proven([sqlite, postgresql])
+    rate = plain.median("per_second")
+    return {
+        "sqlite_vs_litestar": round(sqlite.median("per_second") / rate, 3),
+        "postgresql_vs_litestar": round(postgresql.median("per_second") / rate, 3),
+    }
+
+
+def growth() -> tuple[float, float]:
+    """Return how the worse of p50 and memory grows from few connections to many, and how p99 does."""
+    with broker(f"SQLite, {FEW:,}", FEW) as few, broker(f"SQLite, {MANY:,}", MANY) as many:
+        interleaved([few, many])
+        memory = many.server.memory_bytes() / few.server.memory_bytes()
+        proven([few, many])
+    p50, p99 = (many.median(name) / few.median(name) for name in ("p50_ms", "p99_ms"))
+    print(f"from {FEW:,} to {MANY:,} connections: p50 x {p50:.2f}, memory x {memory:.2f}, p99 x {p99:.2f}")
+    return round(max(p50, memory), 3), p99
 
 
 def main() -> None:
-    """Run all rounds, interleaved, and print the table and the JSON line."""
-    with tempfile.TemporaryDirectory() as directory:
-        data_dir, key = Path(directory), mint_key()[1].reveal()
-        started = time.monotonic()
-        ids = asyncio.run(fill(data_dir, key))
-        print(f"{POPULATION} connections made in {time.monotonic() - started:.1f} s")
-        ours, bare = free_port(), free_port()
-        environment = {"BROKER_ENV": "development", "BROKER_DATA_DIR": directory}
-        bare_command = [
-            sys.executable,
-            "-m",
-            "uvicorn",
-            "peers.litestar_bare:app",
-            "--port",
-            str(bare),
-            "--http",
-            "httptools",
-        ]
-        bare_command += ["--loop", "uvloop", "--no-access-log", "--log-level", "critical", "--app-dir", str(ROOT)]
-        serve = [sys.executable, "-m", "broker", "serve", "--port", str(ours)]
-        with server(serve, ours, "/health/ready", environment), server(bare_command, bare, "/token"):
-            rounds = interleaved(ours, bare, token_requests(ids, key))
-        answers = sum(one.statuses.get(200, 0) for one in rounds["broker"])
-        rows = audit_rows(data_dir)
-    report(rounds, answers, rows)
-
-
-def interleaved(ours: int, bare: int, request: Callable[[], bytes]) -> dict[str, list[Measured]]:
-    """Run the variants in turn, so that a drifting machine hurts both alike."""
-    plain = b"GET /token HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
-    rounds: dict[str, list[Measured]] = {"broker": [], "litestar": []}
-    run(ours, request)  # warm
-    for _ in range(ROUNDS):
-        rounds["broker"].append(run(ours, request))
-        rounds["litestar"].append(run(bare, lambda: plain))
-    return rounds
-
-
-def report(rounds: dict[str, list[Measured]], answers: int, rows: int) -> None:
-    """Print what people and machines read; fail when an answer had no audit row or was no hand-out."""
-    medians: dict[str, Any] = {}
-    for name, measured in rounds.items():
-        medians[name] = statistics.median(one.per_second for one in measured)
-        p50, p99 = (statistics.median(getattr(one, field) for one in measured) for field in ("p50_ms", "p99_ms"))
-        print(f"{name:10s} {medians[name]:9.0f} a second   p50 {p50:6.2f} ms   p99 {p99:6.2f} ms")
-    bad = {status for measured in rounds.values() for one in measured for status in one.statuses} - {200}
-    print(f"hand-outs answered {answers} (without the warm-up), audit rows {rows}, other statuses {sorted(bad)}")
-    if bad or rows < answers:
-        sys.exit("a hand-out failed or has no audit row")
-    ratio = round(medians["broker"] / medians["litestar"], 3)
-    print(json.dumps({"benchmark": "tokens", "ratios": {"sqlite_vs_litestar": ratio}}))
+    """Run everything; print the table, what was missed, and the JSON line."""
+    stay_on_load_core()
+    with postgres() as new_database:
+        ratios = speed(new_database)
+    ratios["growth_1k_to_100k"], p99_growth = growth()
+    for name, bar in BARS.items():
+        print(f"{name}: {ratios[name]} ({'meets' if ratios[name] >= bar else 'MISSES'} the bar of {bar})")
+    met = ratios["growth_1k_to_100k"] <= MOST_GROWTH and p99_growth <= MOST_P99_GROWTH
+    print(
+        f"growth: {'meets' if met else 'MISSES'} the bars of {MOST_GROWTH} for p50 and memory, {MOST_P99_GROWTH} for p99"
+    )
+    print(json.dumps({"benchmark": "tokens", "ratios": ratios}))
 
 
 if __name__ == "__main__":

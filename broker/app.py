@@ -33,6 +33,7 @@ import broker.api.sessions
 import broker.oauth.routes
 import broker.web.routes
 from broker import __version__
+from broker.api.lean import ExpressLane
 from broker.api.requests import (
     MAX_BODY_BYTES,
     Authentication,
@@ -208,7 +209,7 @@ def create_app(parts: Parts) -> ASGIApp:
         logging_config=None,
         request_max_body_size=MAX_BODY_BYTES,
     )
-    return Edge(app, parts.metrics)
+    return Edge(ExpressLane(app, parts.callers), parts.metrics)
 
 
 _NAMES = (
@@ -375,7 +376,7 @@ def _answer_defect(request: Request[Any, Any, Any], error: Exception) -> Respons
 class Edge:
     """What every request passes first and last: request id, log line, metrics."""
 
-    def __init__(self, app: Litestar, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         """Wrap the application."""
         self._app = app
         self._metrics = metrics
@@ -415,7 +416,7 @@ def _request_id(scope: Scope) -> str:
     for name, value in scope["headers"]:
         if name == b"x-request-id" and REQUEST_ID.fullmatch(text := value.decode("latin-1")):
             return text
-    return f"req_{random.getrandbits(104):026x}"  # noqa: S311 - no secret: it has to be another one, and cheap
+    return f"req_{random.getrandbits(104):026x}"  # no secret: it has to be another one, and cheap
 
 
 # A process

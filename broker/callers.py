@@ -49,6 +49,7 @@ _BASE62 = string.digits + string.ascii_uppercase + string.ascii_lowercase
 _SECRET_LENGTH, _CHECKSUM_LENGTH = 43, 6
 _KEY = re.compile(r"(brk_([a-z0-9]{26})_[0-9A-Za-z]{43})([0-9A-Za-z]{6})")
 _NO_DIGEST = "0" * 64
+_BARE: Final = frozenset({b"x-api-key"})
 _ID = re.compile(r"(clr|key)_[a-z0-9]{26}")
 
 
@@ -73,7 +74,11 @@ def parse_key(text: str) -> ParsedKey | None:
     found = _KEY.fullmatch(text)
     if found is None or not hmac.compare_digest(_checksum(found[1]), found[3]):
         return None
-    return ParsedKey(f"key_{found[2]}", hashlib.sha256(text.encode()).hexdigest())
+    return ParsedKey(f"key_{found[2]}", _digest(text))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _checksum(body: str) -> str:
@@ -94,13 +99,15 @@ def presented_keys(
     ``extra_headers``, bare or in a scheme, and with ``sigv4`` the ``Credential=`` of an AWS signature (which is not
     checked). Whatever does not begin with ``brk_`` is no key. Raises ``InvalidRequest`` for two different ones.
     """
-    bare = {"x-api-key", *map(str.lower, extra_headers)}
+    bare = {*_BARE, *(name.lower().encode("latin-1") for name in extra_headers)} if extra_headers else _BARE
     found: dict[str, None] = {}
     for raw_name, raw_value in headers:
-        name, value = raw_name.decode("latin-1").lower(), raw_value.decode("latin-1").strip(" \t")
+        name = raw_name.lower()
+        if name != b"authorization" and name not in bare:
+            continue
+        value = raw_value.decode("latin-1").strip(" \t")
         candidates = [value] if name in bare else []
-        if name == "authorization" or name in bare:
-            candidates += _in_scheme(value, sigv4=sigv4)
+        candidates += _in_scheme(value, sigv4=sigv4)
         found.update((text, None) for text in candidates if text.startswith(KEY_PREFIX))
     if len(found) > 1:
         raise InvalidRequest("Two different caller keys were sent")
@@ -166,13 +173,13 @@ class Callers:
 
     async def identify(self, key: Secret) -> Principal:
         """Return whose key this is; ``Unauthenticated`` as in ``authenticate``, ``DatabaseUnavailable`` when unknowable."""
+        asked_at = self._clock()
+        known = self._known.get(_digest(key.reveal()))  # first: whose digest is known needs no other look
+        if known is not None and asked_at - known.asked_at < CACHE_SECONDS:
+            return known.principal
         parsed = parse_key(key.reveal())
         if parsed is None:
             raise Unauthenticated
-        asked_at = self._clock()
-        known = self._known.get(parsed.digest)
-        if known is not None and asked_at - known.asked_at < CACHE_SECONDS:
-            return known.principal
         changes = self._changes
         found = await self._database.read(lambda session: _look_up(session, parsed))
         if found is None:

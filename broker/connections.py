@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import re
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,8 +21,10 @@ from sqlmodel import Session, col, select
 from broker import policy
 from broker.audit import Audit, Entry
 from broker.credentials import Credentials, Handout, LeaseLost, Revoked, require_lease, secret_owner
-from broker.credentials.usable import require_usable
-from broker.database import Database, now
+from broker.credentials.last_use import LastUse
+from broker.credentials.snapshots import Snapshot, find_snapshots, snapshots_of
+from broker.credentials.usable import Standing, require_usable
+from broker.database import Database, GroupReader, now
 from broker.egress import Egress
 from broker.errors import (
     AmbiguousConnection,
@@ -35,9 +36,20 @@ from broker.errors import (
     InvalidRequest,
     NotFound,
 )
+from broker.imports import (
+    Import,
+    Imported,
+    account_fields,
+    check_import,
+    check_variables,
+    known_of,
+    require_mintable,
+    require_variables,
+    scopes_of,
+)
 from broker.integrations import Configured, Integrations
-from broker.integrations.config import is_scope, merge_patch
-from broker.models import Connection, epoch_of, new_id
+from broker.integrations.config import merge_patch
+from broker.models import Connection, new_id
 from broker.policy import May, Principal, Target
 from broker.refresh import Ask
 from broker.telemetry import Metrics
@@ -45,7 +57,6 @@ from broker.vault import Vault
 from providers.spec import Credential
 
 STATUSES = frozenset({"pending", "active", "reauthorization_required", "frozen", "revoked", "error"})
-TOUCH_SECONDS = 60.0
 SMALLEST_BATCH = 200
 MOST_EXAMINED = 2_000
 MOST_PUSHED = 500
@@ -70,27 +81,6 @@ class Filter:
 
 
 @dataclass(frozen=True, slots=True)
-class Import:
-    """A credential that exists already. ``credentials`` is checked here by its ``type``."""
-
-    integration: str
-    subject: str
-    credentials: Mapping[str, Any] = field(repr=False)
-    account: Mapping[str, Any] | None = None
-    tags: Mapping[str, str] = field(default_factory=dict)
-    metadata: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class _Imported:
-    """A checked import: what goes to the vault and what goes to the row."""
-
-    value: Mapping[str, Any] = field(repr=False)
-    token_expires_at: float | None = None
-    scopes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
 class Asking:
     """Who asks for a token and why; ``recheck`` finds out anew who they are (Unauthenticated when their key is dead)."""
 
@@ -99,7 +89,7 @@ class Asking:
     reason: str | None = None
 
 
-def target_of(row: Connection) -> Target:
+def target_of(row: Standing) -> Target:
     """Return what policy decides on."""
     return Target(row.integration, row.subject, row.tags)
 
@@ -123,6 +113,12 @@ class Connections:
         self._integrations = integrations
         self._audit = audit
         self._metrics = metrics
+        self._snapshots: GroupReader[str, Snapshot | None] = GroupReader(database, find_snapshots)
+        self._last_use = LastUse(database)
+
+    async def aclose(self) -> None:
+        """Write what is still to be written of when connections were used."""
+        await self._last_use.aclose()
 
     # Reading
 
@@ -183,11 +179,17 @@ class Connections:
 
         Where that took over ``RECHECK_SECONDS``, who asks and what they may is found out once more before it leaves.
         """
-        row, at = await self._row(connection_id)
+        row = await self._snapshot(connection_id)
         await self._require_token(row, asking.principal)
-        return await self._hand_out(row, at, ask, asking)
+        return await self._hand_out(row, ask, asking)
 
-    async def _require_token(self, row: Connection, principal: Principal) -> None:
+    async def _snapshot(self, connection_id: str) -> Snapshot:
+        row = await self._snapshots.submit(connection_id)
+        if row is None or row.deleted_at is not None:
+            raise NotFound
+        return row
+
+    async def _require_token(self, row: Snapshot, principal: Principal) -> None:
         try:
             policy.require(principal, "token", target_of(row))
         except (Forbidden, NotFound):
@@ -202,17 +204,7 @@ class Connections:
     async def token_for(self, integration: str, subject: str, ask: Ask, asking: Asking) -> Handout:
         """As ``token``, finding the connection of (integration, subject); AmbiguousConnection when several fit."""
         principal = asking.principal
-        query = select(Connection).where(
-            Connection.integration == integration,
-            Connection.subject == subject,
-            Connection.status != "pending",
-            col(Connection.deleted_at).is_(None),
-        )
-
-        def work(session: Session) -> list[Connection]:
-            return list(session.exec(query))
-
-        found = await self._database.read(work)
+        found = await self._database.query(lambda one: snapshots_of(one, integration, subject))
         rows = [row for row in found if policy.allowed(principal, "token", target_of(row))]
         if not rows:
             nearest = next((row for row in found if policy.inside(principal, target_of(row))), None)
@@ -223,30 +215,31 @@ class Connections:
         usable = [row for row in rows if row.status == "active"] or rows
         if len(usable) > 1:
             raise AmbiguousConnection
-        return await self.token(usable[0].id, ask, asking)
+        return await self._hand_out(usable[0], ask, asking)
 
-    async def _hand_out(self, row: Connection, at: float, ask: Ask, asking: Asking) -> Handout:
+    async def _hand_out(self, row: Snapshot, ask: Ask, asking: Asking) -> Handout:
         began = time.monotonic()
         principal = asking.principal
         try:
-            configured = await self._integrations.configured(row.integration)
-            handout = await self._credentials.fresh(row, configured, ask, at)
+            configured = await self._integrations.configured_at(row.integration, row.integration_version, row.variables)
+            handout = await self._credentials.fresh(row, configured, ask, row.at)
             if time.monotonic() - began > RECHECK_SECONDS:
                 row, principal = await self._rechecked(row.id, asking)
         except BrokerError as error:
             self._metrics.handout(error.code)
             raise
         detail: dict[str, Any] = {"token": self._audit.digest(handout.access_token.reveal()), "stale": handout.stale}
-        detail.update({"reason": asking.reason} if asking.reason else {})
+        if asking.reason:
+            detail["reason"] = asking.reason
         await self._audit.record(_entry("connection.token", row, principal, **detail))
         self._metrics.handout("ok")
-        await self._touch(row, at)
+        self._last_use.note(row, row.at)
         return handout
 
-    async def _rechecked(self, connection_id: str, asking: Asking) -> tuple[Connection, Principal]:
+    async def _rechecked(self, connection_id: str, asking: Asking) -> tuple[Snapshot, Principal]:
         """Return row and caller as they are now: a refresh takes long enough for either to be gone or frozen."""
         principal = await asking.recheck()
-        row, _ = await self._row(connection_id)
+        row = await self._snapshot(connection_id)
         await self._require_token(row, principal)
         require_usable(row)
         return row, principal
@@ -262,29 +255,21 @@ class Connections:
         )
         newest = query.order_by(col(Connection.created_at).desc(), col(Connection.id).desc()).limit(1)
         row, at = await self._database.read(lambda session: (session.exec(newest).first(), now(session)))
-        configured = await self._integrations.configured(name)
-        if row is None or configured.provider.identify is None:
+        if row is None:
+            return None
+        configured = await self._integrations.configured(name, variables=row.variables)
+        if configured.provider.identify is None:
             return None
         try:
             handout = await self._credentials.fresh(row, configured, Ask(), at)
             await self._audit.record(_entry("integration.tested", row, principal))
             account = await egress.converse(
-                configured.provider.identify(_bearer_only(configured, handout)), origins=set(row.pins.values())
+                configured.provider.identify(_bearer_only(configured, handout, at)), origins=set(row.pins.values())
             )
         except BrokerError as error:
             return {"name": "identity", "ok": False, "detail": error.detail}
         same = row.account_id in {None, account.id}
         return {"name": "identity", "ok": same, "detail": "fine" if same else "the API names another account"}
-
-    async def _touch(self, row: Connection, at: float) -> None:
-        """Keep ``last_used_at`` true to the minute without a write per hand-out."""
-        if row.last_used_at is not None and at - row.last_used_at < TOUCH_SECONDS:
-            return
-        fresh = sa.update(Connection).where(col(Connection.id) == row.id).values(last_used_at=at)
-        try:
-            await self._database.transaction(lambda session: session.execute(fresh))
-        except BrokerError:
-            log.warning("connection.touch_failed", connection_id=row.id)  # the hand-out itself stands
 
     # Writing
 
@@ -297,8 +282,7 @@ class Connections:
         target = Target(wanted.integration, wanted.subject, wanted.tags)
         policy.require(principal, "connect", target)
         checked_size(wanted.metadata, "/metadata")
-        configured = await self._integrations.configured(wanted.integration)
-        checked = check_import(wanted.credentials, configured.provider.credential_types)
+        configured, checked = await self._checked(wanted)
         fields = {
             "integration": wanted.integration,
             "provider": configured.provider.name,
@@ -306,12 +290,12 @@ class Connections:
             "credential_type": checked.value["type"],
             "client_id": configured.row.client_id,
             "pins": configured.endpoints.origins,
-            "scopes": list(checked.scopes),
-            "token_expires_at": checked.token_expires_at,
-            "refreshable": "refresh_token" in checked.value,
+            "variables": known_of(wanted, checked, configured.provider),
+            "scopes": scopes_of(configured, checked),
+            "refreshable": checked.renewable,
             "status": "active",
             "created_by": principal.caller_id,
-            **_account_fields(wanted.account),
+            **account_fields(wanted.account, checked.account),
         }
         for _ in range(RACES):
             existing = await self._same_account(fields)
@@ -320,6 +304,20 @@ class Connections:
             with contextlib.suppress(IntegrityError):  # the same account was connected meanwhile: update that one
                 return await self._insert(wanted, checked, fields, principal)
         raise Conflict("the same account is being connected by several at once; try again")
+
+    async def _checked(self, wanted: Import) -> tuple[Configured, Imported]:
+        """Return the integration as this import needs it, and the import; raise all that stands against it."""
+        plain = await self._integrations.configured(wanted.integration)
+        check_variables(plain.provider, wanted.variables)
+        checked = check_import(wanted.credentials, plain.provider.credential_types, plain.provider.minting)
+        known = known_of(wanted, checked, plain.provider)
+        configured = await self._integrations.configured(wanted.integration, variables=known) if known else plain
+        require_variables(configured, checked)
+        if checked.minting is not None:
+            client = await self._integrations.client(configured)
+            at = await self._database.read(now)
+            require_mintable(configured, client, checked, scopes_of(configured, checked), at)
+        return configured, checked
 
     async def _same_account(self, fields: Mapping[str, Any]) -> str | None:
         if fields["account_id"] is None:
@@ -332,7 +330,7 @@ class Connections:
         return await self._database.read(lambda session: session.exec(query).first())
 
     async def _insert(
-        self, wanted: Import, checked: _Imported, fields: Mapping[str, Any], principal: Principal
+        self, wanted: Import, checked: Imported, fields: Mapping[str, Any], principal: Principal
     ) -> Connection:
         connection_id = new_id("con")
         version = await self._vault.put(secret_owner(connection_id), checked.value, expected_version=0)
@@ -344,6 +342,7 @@ class Connections:
                 tags=dict(wanted.tags),
                 extra=dict(wanted.metadata),
                 created_at=now(session),
+                token_expires_at=_ends_at(session, checked),
                 **fields,
             )
             session.add(row)
@@ -361,13 +360,14 @@ class Connections:
         self,
         existing_id: str,
         wanted: Import,
-        checked: _Imported,
+        checked: Imported,
         fields: Mapping[str, Any],
         principal: Principal,
     ) -> Connection:
         async with self._credentials.holding(existing_id) as claimed:
             policy.require(principal, "connect", target_of(claimed.row))
             checked_size(merge_patch(claimed.row.extra, wanted.metadata), "/metadata")
+            fields = await self._with_known_variables(claimed.row, fields)
             version = await self._credentials.put(
                 existing_id, checked.value, expected_version=claimed.row.secret_version
             )
@@ -379,6 +379,7 @@ class Connections:
                     raise NotFound
                 for name, value in _replaced(row, wanted, fields, version).items():
                     setattr(row, name, value)
+                row.token_expires_at = _ends_at(session, checked)
                 session.flush()
                 self._audit.append(session, _entry("connection.imported", row, principal, replaced=True))
                 return row
@@ -387,6 +388,14 @@ class Connections:
                 return await self._database.transaction(work)
             except LeaseLost:
                 raise Conflict("the connection was written by another process; try again") from None
+
+    async def _with_known_variables(self, row: Connection, fields: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the fields with what is known already of the account's addresses, and pins that fit."""
+        variables = {**row.variables, **fields["variables"]}
+        if variables == fields["variables"]:
+            return fields
+        configured = await self._integrations.configured(row.integration, variables=variables)
+        return {**fields, "variables": variables, "pins": configured.endpoints.origins}
 
     async def update(self, connection_id: str, patch: Mapping[str, Any], principal: Principal) -> Connection:
         """Apply a merge patch to ``tags`` and ``metadata``; the caller must be allowed before and after."""
@@ -463,65 +472,6 @@ def _pushed(lists: Iterable[Sequence[str]]) -> list[str] | None:
     return None if len(values) > MOST_PUSHED or any("*" in value for value in values) else values
 
 
-def check_import(credentials: Mapping[str, Any], types: Sequence[str]) -> _Imported:
-    """Check an imported credential by its ``type`` (InvalidRequest names the field; values are never quoted)."""
-    kind = credentials.get("type")
-    if not isinstance(kind, str) or kind not in types or kind not in SHAPES:
-        raise InvalidRequest(errors=[FieldError("/credentials/type", f"must be one of {', '.join(types) or 'none'}")])
-    given = {name: value for name, value in credentials.items() if name != "type" and value is not None}
-    needed, optional = SHAPES[kind]
-    problems = [FieldError("/credentials", "has a field that is not known")] if given.keys() - needed - optional else []
-    problems += [FieldError(f"/credentials/{name}", "is required") for name in sorted(needed - given.keys())]
-    for name in sorted(given.keys() & (needed | optional)):
-        if (problem := _CHECKS[name](given[name])) is not None:
-            problems.append(FieldError(f"/credentials/{name}", problem))
-    if problems:
-        raise InvalidRequest(errors=problems)
-    kept = {name: given[name] for name in sorted(given.keys() - {"expires_at", "scopes"})}
-    expires_at = epoch_of(given["expires_at"]) if "expires_at" in given else None
-    return _Imported({"type": kind, **kept}, expires_at, tuple(given.get("scopes", ())))
-
-
-def _token_problem(value: object) -> str | None:
-    good = isinstance(value, str) and re.fullmatch(r"[\x21-\x7e]{1,16384}", value) is not None
-    return None if good else "must be 1 to 16,384 visible ASCII characters"
-
-
-def _password_problem(value: object) -> str | None:
-    good = isinstance(value, str) and 1 <= len(value) <= 1024 and value.isprintable()
-    return None if good else "must be 1 to 1,024 printable characters"
-
-
-def _username_problem(value: object) -> str | None:
-    if isinstance(value, str) and ":" in value:
-        return "must not hold a colon (RFC 7617)"
-    return _password_problem(value)
-
-
-def _expiry_problem(value: object) -> str | None:
-    good = isinstance(value, str) and epoch_of(value) is not None
-    return None if good else "must be an RFC 3339 time"
-
-
-def _scopes_problem(value: object) -> str | None:
-    good = isinstance(value, list) and len(value) <= 200 and all(map(is_scope, value))
-    return None if good else "must be a list of scopes (RFC 6749 3.3)"
-
-
-SHAPES: Mapping[str, tuple[frozenset[str], frozenset[str]]] = {
-    "api_key": (frozenset({"api_key"}), frozenset()),
-    "basic": (frozenset({"username", "password"}), frozenset()),
-    "oauth2": (frozenset({"access_token"}), frozenset({"refresh_token", "expires_at", "scopes"})),
-}
-_CHECKS: Mapping[str, Callable[[object], str | None]] = {
-    **dict.fromkeys(("api_key", "access_token", "refresh_token"), _token_problem),
-    "username": _username_problem,
-    "password": _password_problem,
-    "expires_at": _expiry_problem,
-    "scopes": _scopes_problem,
-}
-
-
 def checked_size(metadata: Mapping[str, Any], pointer: str) -> dict[str, Any]:
     """Return metadata that is small enough to be listed 200 at a time (InvalidRequest)."""
     if len(json.dumps(metadata)) > LARGEST_METADATA:
@@ -556,12 +506,12 @@ def _replaced(row: Connection, wanted: Import, fields: Mapping[str, Any], versio
     }
 
 
-def _account_fields(account: Mapping[str, Any] | None) -> dict[str, Any]:
-    given = account or {}
-    return {f"account_{name}": given.get(name) for name in ("id", "name", "email")}
+def _ends_at(session: Session, checked: Imported) -> float | None:
+    """Return when an imported token ends: one that is still to be minted has ended, so the first hand-out mints it."""
+    return now(session) if checked.minting is not None else checked.token_expires_at
 
 
-def _bearer_only(configured: Configured, handout: Handout) -> Credential:
+def _bearer_only(configured: Configured, handout: Handout, at: float) -> Credential:
     """Return what an identity call needs: the token, and neither the client's secret nor the refresh token."""
     return Credential(
         client_id=configured.row.client_id,
@@ -570,10 +520,13 @@ def _bearer_only(configured: Configured, handout: Handout) -> Credential:
         refresh_token=None,
         urls=configured.endpoints.urls,
         hosts=configured.endpoints.hosts,
+        client_auth=configured.endpoints.client_auth,
+        variables=configured.variables,
+        at=at,
     )
 
 
-def _entry(action: str, row: Connection, principal: Principal, *, outcome: str = "ok", **detail: Any) -> Entry:  # noqa: ANN401 - JSON values
+def _entry(action: str, row: Standing, principal: Principal, *, outcome: str = "ok", **detail: Any) -> Entry:  # noqa: ANN401 - JSON values
     return Entry(
         action=action,
         actor=principal.caller_id,

@@ -286,10 +286,11 @@ def access_line(method: str, route: str, status: int, seconds: float, request_id
     if not by_hand or method not in METHODS or config["processors"][-1] is not output.renderer:
         structlog.get_logger().info("http", method=method, route=route, status=status, ms=ms, request_id=request_id)
     elif output.level <= logging.INFO:
+        shown_id = request_id if OWN_REQUEST_ID.fullmatch(request_id) else masked(request_id)
         at = datetime.now(UTC).isoformat(timespec="microseconds")[:-6]
         output.lines.soon(
             f'{{"method": "{method}", "route": "{route}", "status": {status}, "ms": {ms}, '
-            f'"request_id": "{masked(request_id)}", "event": "http", "level": "info", "at": "{at}Z"}}'
+            f'"request_id": "{shown_id}", "event": "http", "level": "info", "at": "{at}Z"}}'
         )
 
 
@@ -353,6 +354,7 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 # Metrics
 
+OWN_REQUEST_ID = re.compile(r"req_[0-9a-f]{26}")
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 BUCKETS_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 

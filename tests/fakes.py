@@ -11,18 +11,19 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
-Reply = tuple[int, Any]
+Reply = tuple[int, Any] | tuple[int, Any, Mapping[str, str]]
 
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """One request that reached a fake: header names in lower case, the body as sent."""
+    """One request that reached a fake: header names in lower case, the body as sent, the target as it stood on the line."""
 
     method: str
     path: str
     query: Mapping[str, str]
     headers: Mapping[str, str]
     body: bytes
+    target: str = ""
 
     @property
     def form(self) -> dict[str, str]:
@@ -41,7 +42,7 @@ class Fake:
 
 @asynccontextmanager
 async def listening(answer: Callable[[Seen], Reply] | None = None) -> AsyncIterator[Fake]:
-    """Serve `answer` (status, JSON document or bytes) on a free port; without one every request gets a 500."""
+    """Serve `answer` (status, JSON document or bytes, headers) on a free port; without one every request gets a 500."""
     fake = Fake("")
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -66,10 +67,11 @@ async def _read(reader: asyncio.StreamReader) -> Seen:
     headers = {name.lower(): value.strip() for name, _, value in (field.partition(":") for field in fields)}
     body = await reader.readexactly(int(headers.get("content-length", "0")))
     parts = urlsplit(target)
-    return Seen(method, parts.path, dict(parse_qsl(parts.query)), headers, body)
+    return Seen(method, parts.path, dict(parse_qsl(parts.query)), headers, body, target)
 
 
-def _written(status: int, document: Any) -> bytes:
+def _written(status: int, document: Any, headers: Mapping[str, str] | None = None) -> bytes:
     body = document if isinstance(document, bytes) else json.dumps(document).encode()
     fields = ("Content-Type: application/json", f"Content-Length: {len(body)}", "Connection: close")
-    return "\r\n".join([f"HTTP/1.1 {status} Status", *fields, "", ""]).encode() + body
+    more = [f"{name}: {value}" for name, value in (headers or {}).items()]
+    return "\r\n".join([f"HTTP/1.1 {status} Status", *fields, *more, "", ""]).encode() + body

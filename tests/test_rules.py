@@ -62,7 +62,11 @@ USED_UNSEEN = {
 }
 
 # Words that are a provider's name and something else too: (module, word) -> what it means there.
-NOT_A_PROVIDER: dict[tuple[str, str], str] = {}
+NOT_A_PROVIDER: dict[tuple[str, str], str] = {
+    ("broker.integrations.config", "linear"): "a kind of backoff",
+    ("broker.integrations.config", "x"): "a letter that stands for a variable",
+    ("broker.oauth.identity", "x"): "a member of a public key (RFC 7518 6.2)",
+}
 
 MOCK_LIBRARY = re.compile(r"(unittest\.)?mock\b|pytest_mock\b")
 PATCHERS = {"monkeypatch", "mocker"}
@@ -189,7 +193,10 @@ def _imported(node: ast.Import | ast.ImportFrom) -> list[str]:
 
 
 def providers_are_not_named(source: Source) -> list[str]:
-    """Find a provider's name outside its own file, in an identifier or a literal (docstrings may give examples)."""
+    """Find a provider's name outside its own file, in an identifier or a literal (docstrings may give examples).
+
+    A name of one letter is a name only where it stands alone: it is a part of many others, such as ``X-Request-Id``.
+    """
     return _named_providers(source, frozenset(load_catalog()))
 
 
@@ -199,7 +206,7 @@ def _named_providers(source: Source, names: frozenset[str]) -> list[str]:
     allowed = {word for module, word in NOT_A_PROVIDER if module == source.module}
     found = []
     for node, words in _words(source.tree):
-        hits = sorted(words & (names - allowed))
+        hits = sorted(name for name in words & (names - allowed) if len(name) > 1 or _text(node).lower() == name)
         found += [source.at(node, f"names the provider {name}") for name in hits]
     return found
 
@@ -287,6 +294,7 @@ ALSO_BAD: list[tuple[Rule, str]] = [
     (modules_begin_with_a_sentence, '"""It does this. It does that."""'),
     (modules_begin_with_a_sentence, "x = 1"),
     (providers_are_not_named, "oidc_issuer = 1"),
+    (providers_are_not_named, "if provider == 'x': pass"),
     (providers_are_not_named, "x = f'/{name}/oidc'"),
     (every_test_asserts, "def helper(): return 1\ndef test_x():\n    helper()"),
     (every_test_asserts, "async def test_x(client):\n    await client.get('/')"),

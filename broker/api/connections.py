@@ -6,10 +6,12 @@ import re
 from typing import Annotated, Any
 
 import msgspec
-from litestar import Response, Router, delete, get, patch, post
+from litestar import Router, delete, get, patch, post
 from litestar.di import NamedDependency
 from litestar.params import FromPath, FromQuery, JSONBody
+from litestar.types import Scope
 
+from broker.api.lean import lean_post
 from broker.api.requests import (
     TAG_NAME,
     AnyRequest,
@@ -23,11 +25,12 @@ from broker.api.requests import (
     problems,
     show_once,
 )
-from broker.api.sessions import Seconds, Tags, require_return_to, session_answer
+from broker.api.sessions import Seconds, Tags, Variables, require_return_to, session_answer
 from broker.callers import Callers
-from broker.connections import STATUSES, Asking, Connections, Filter, Import
+from broker.connections import STATUSES, Asking, Connections, Filter
 from broker.credentials import Handout
 from broker.errors import ConfirmationRequired, Conflict, FieldError, InvalidRequest
+from broker.imports import Import
 from broker.models import Connection, rfc3339
 from broker.oauth.confirm import Confirm, Confirmations
 from broker.policy import Principal
@@ -55,6 +58,7 @@ class ImportBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     subject: Text
     credentials: dict[str, Any]
     account: AccountBody | None = None
+    variables: Variables = {}
     tags: Tags = {}
     metadata: dict[str, Any] = {}
 
@@ -107,6 +111,7 @@ def connection_json(row: Connection) -> dict[str, Any]:
         "account": {"id": row.account_id, "name": row.account_name, "email": row.account_email},
         "status": row.status,
         "status_reason": row.status_reason,
+        "variables": row.variables,
         "scopes": row.scopes,
         "missing_scopes": row.missing_scopes,
         "expires_at": rfc3339(row.token_expires_at),
@@ -119,10 +124,10 @@ def connection_json(row: Connection) -> dict[str, Any]:
     }
 
 
-def token_response(request: AnyRequest, handout: Handout) -> Response[dict[str, Any]]:
-    """Return a credential: the only place where one leaves in an answer."""
-    never_keep(request)
-    body = {
+def handout_json(scope: Scope, handout: Handout) -> dict[str, Any]:
+    """Return a credential as the contract shows it: the only place where one leaves in an answer."""
+    never_keep(scope)
+    return {
         "access_token": handout.access_token.reveal(),
         "token_type": handout.token_type,
         "expires_at": rfc3339(handout.expires_at),
@@ -130,7 +135,6 @@ def token_response(request: AnyRequest, handout: Handout) -> Response[dict[str, 
         "connection_id": handout.connection_id,
         "stale": handout.stale,
     }
-    return Response(body, headers={"Cache-Control": "no-store"}, status_code=200)
 
 
 @get("/connections", responses=problems())
@@ -173,7 +177,7 @@ async def import_connection(
 ) -> dict[str, Any]:
     """Import a credential; the connection is active at once."""
     account = msgspec.to_builtins(data.account) if data.account is not None else None
-    wanted = Import(data.integration, data.subject, data.credentials, account, data.tags, data.metadata)
+    wanted = Import(data.integration, data.subject, data.credentials, account, data.tags, data.metadata, data.variables)
     return connection_json(await connections.import_(wanted, principal))
 
 
@@ -225,42 +229,38 @@ async def delete_connection(
     return {"id": connection_id, "deleted": True, "revocation": result}
 
 
-@post(
-    "/connections/{connection_id:str}/token",
-    status_code=200,
-    responses=problems(403, 404, 409, 413, 415, 429, 502, 504),
-)
+@lean_post("/connections/{connection_id:str}/token", responses=problems(403, 404, 409, 413, 415, 429, 502, 504))
 async def hand_out(
     connection_id: FromPath[str],
-    request: AnyRequest,
+    scope: Scope,
     principal: NamedDependency[Principal],
     connections: NamedDependency[Connections],
     callers: NamedDependency[Callers],
     data: JSONBody[TokenBody | None] = None,
-) -> Response[dict[str, Any]]:
+) -> dict[str, Any]:
     """Hand out a fresh token."""
     body = data or TokenBody()
-    handout = await connections.token(connection_id, _ask(body), _asking(request, callers, principal, body.reason))
-    return token_response(request, handout)
+    handout = await connections.token(connection_id, _ask(body), _asking(scope, callers, principal, body.reason))
+    return handout_json(scope, handout)
 
 
-@post("/token", status_code=200, responses=problems(403, 404, 409, 413, 415, 429, 502, 504))
+@lean_post("/token", responses=problems(403, 404, 409, 413, 415, 429, 502, 504))
 async def find_and_hand_out(
     data: JSONBody[FindTokenBody],
-    request: AnyRequest,
+    scope: Scope,
     principal: NamedDependency[Principal],
     connections: NamedDependency[Connections],
     callers: NamedDependency[Callers],
-) -> Response[dict[str, Any]]:
+) -> dict[str, Any]:
     """Hand out a fresh token of the one connection of (integration, subject)."""
-    asking = _asking(request, callers, principal, data.reason)
+    asking = _asking(scope, callers, principal, data.reason)
     handout = await connections.token_for(data.integration, data.subject, _ask(data), asking)
-    return token_response(request, handout)
+    return handout_json(scope, handout)
 
 
-def _asking(request: AnyRequest, callers: Callers, principal: Principal, reason: str | None) -> Asking:
+def _asking(scope: Scope, callers: Callers, principal: Principal, reason: str | None) -> Asking:
     async def recheck() -> Principal:
-        return await callers.authenticate(request.scope["headers"])
+        return await callers.authenticate(scope["headers"])
 
     return Asking(principal, recheck, reason)
 

@@ -13,7 +13,7 @@ from broker.errors import NotFound
 from broker.integrations import Integrations
 from broker.integrations.config import IntegrationConfig
 from broker.policy import Principal
-from providers.spec import Provider
+from providers.spec import Provider, Variable
 
 
 def provider_json(provider: Provider, *, schema: bool) -> dict[str, Any]:
@@ -25,12 +25,22 @@ def provider_json(provider: Provider, *, schema: bool) -> dict[str, Any]:
         "docs_url": provider.docs_url,
         "credential_types": list(provider.credential_types),
         "hosts": dict(provider.hosts),
-        "variables": [{"name": v.name, "pattern": v.pattern, "example": v.example} for v in provider.variables],
+        "variables": [_variable_json(variable) for variable in provider.variables],
         "default_scopes": list(oauth2.default_scopes) if oauth2 is not None else [],
         "discovery": oauth2.discovery if oauth2 is not None else False,
         "refresh_rotates": oauth2.refresh.rotates if oauth2 is not None else None,
     }
     return {**shown, "config_schema": IntegrationConfig.model_json_schema()} if schema else shown
+
+
+def _variable_json(variable: Variable) -> dict[str, Any]:
+    return {
+        "name": variable.name,
+        "pattern": variable.pattern,
+        "example": variable.example,
+        "default": variable.default or None,
+        "learned": variable.learned,
+    }
 
 
 @get("/providers", responses=problems())

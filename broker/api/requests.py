@@ -47,6 +47,7 @@ IN_PROGRESS_SECONDS = 180.0  # longer than any route takes: only a crash leaves 
 LONGEST_CURSOR = 512
 IDEMPOTENCY_KEY = re.compile(rb"[\x21-\x7e]{1,255}")
 DEEPEST = 32
+JSON_TYPES = frozenset({"application/json", "application/merge-patch+json"})
 JSON_MARKS = re.compile(rb'"(?:[^"\\]|\\.)*+"|[][{}]')
 PATH_PART = r"[A-Za-z0-9_.-]{1,128}"
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
@@ -93,8 +94,7 @@ async def strict_request(connection: ASGIConnection[Any, Any, Any, Any], handler
 
     A path part that can be no id or name is NotFound: PostgreSQL fails on a NUL instead of finding nothing.
     """
-    if not all(re.fullmatch(PATH_PART, str(part)) for part in connection.path_params.values()):
-        raise NotFound
+    require_path_parts(connection.path_params)
     problems = query_problems(connection.scope["query_string"], known_parameters(connection, handler))
     if problems:
         raise InvalidRequest(errors=problems)
@@ -102,9 +102,15 @@ async def strict_request(connection: ASGIConnection[Any, Any, Any, Any], handler
         await _check_body(connection, handler)
 
 
+def require_path_parts(path_params: Mapping[str, Any]) -> None:
+    """Raise NotFound for a part of the path that can be no id or name."""
+    if not all(re.fullmatch(PATH_PART, str(part)) for part in path_params.values()):
+        raise NotFound
+
+
 def known_parameters(connection: ASGIConnection[Any, Any, Any, Any], handler: BaseRouteHandler) -> set[str]:
     """Return the query parameters that a route takes: its arguments without those that come from elsewhere."""
-    elsewhere = {*connection.path_params, *handler.resolve_dependencies(), "data", "request"}
+    elsewhere = {*connection.path_params, *handler.resolve_dependencies(), "data", "request", "scope"}
     return {*handler.parsed_fn_signature.parameters} - elsewhere
 
 
@@ -132,33 +138,47 @@ async def _check_body(request: AnyRequest, handler: BaseRouteHandler) -> None:
     field = handler.parsed_data_field
     if not body and (field is None or field.is_optional):
         return
-    kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
-    if kind not in {"application/json", "application/merge-patch+json"}:
-        raise UnsupportedMediaType
-    strict_body(body, field.annotation if field is not None else _NoFields)
+    kind = request.headers.get("content-type", "application/json")
+    Shape(field.annotation if field is not None else None).decoded(body, kind)
 
 
 class _NoFields(msgspec.Struct, forbid_unknown_fields=True):
     """What a route without a body takes: an empty object, which some clients always send."""
 
 
-def strict_body(body: bytes, shape: Any) -> None:  # noqa: ANN401 - a type
-    """Check that ``body`` is JSON of this shape (InvalidRequest points at what is not; nothing of it is quoted)."""
-    problem: FieldError | None
-    try:
-        msgspec.json.decode(body, type=shape)
-    except msgspec.ValidationError as error:
-        problem = field_error(str(error))
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
-        raise InvalidRequest("the body is not valid JSON, or nested too deeply") from None
-    else:
-        problem = FieldError("", f"is nested more than {DEEPEST} deep") if _deeper_than(body, DEEPEST) else None
-    if problem is not None:
-        raise InvalidRequest(errors=[problem])  # outside the handler: the decoder's text may quote the body
+class Shape:
+    """What a route takes as its body. ``kind`` None: nothing, or an empty object. ``optional``: there may be no body."""
+
+    def __init__(self, kind: Any, *, optional: bool = False) -> None:  # noqa: ANN401 - a type
+        """Prepare to decode."""
+        self.optional = optional
+        self._decode = msgspec.json.Decoder(_NoFields if kind is None else kind).decode
+
+    def decoded(self, body: bytes, content_type: str) -> Any:  # noqa: ANN401 - an object of the type
+        """Return the body as JSON of this shape (UnsupportedMediaType; InvalidRequest points at what is wrong).
+
+        Nothing of the body is quoted.
+        """
+        if content_type.partition(";")[0].strip().lower() not in JSON_TYPES:
+            raise UnsupportedMediaType
+        problem: FieldError | None
+        try:
+            value = self._decode(body)
+        except msgspec.ValidationError as error:
+            problem = field_error(str(error))
+        except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
+            raise InvalidRequest("the body is not valid JSON, or nested too deeply") from None
+        else:
+            problem = FieldError("", f"is nested more than {DEEPEST} deep") if _deeper_than(body, DEEPEST) else None
+        if problem is not None:
+            raise InvalidRequest(errors=[problem])  # outside the handler: the decoder's text may quote the body
+        return value
 
 
 def _deeper_than(json_text: bytes, most: int) -> bool:
     """Return whether valid JSON nests deeper than ``most``: later code walks it recursively."""
+    if json_text.count(b"[") + json_text.count(b"{") <= most:
+        return False
     depth = 0
     for token in JSON_MARKS.finditer(json_text):
         depth += {b"[": 1, b"{": 1, b"]": -1, b"}": -1}.get(token[0], 0)
@@ -278,9 +298,9 @@ def show_once(request: AnyRequest, made_id: str) -> None:
     request.scope["state"][MADE_ID] = made_id
 
 
-def never_keep(request: AnyRequest) -> None:
+def never_keep(scope: Scope) -> None:
     """Say that this answer carries a credential and repeating the request is harmless."""
-    request.scope["state"][NOT_KEPT] = True
+    scope["state"][NOT_KEPT] = True
 
 
 class Idempotency:
@@ -306,7 +326,7 @@ class Idempotency:
             return
         if len(keys) > 1 or IDEMPOTENCY_KEY.fullmatch(keys[0]) is None:
             raise InvalidRequest("Idempotency-Key must be one value of 1 to 255 visible ASCII characters")
-        body = await _read(receive)
+        body = await read_body(receive)
         if body is None:
             return  # the client left in the middle of its body: nobody waits for an answer
         request = b"\n".join([scope["raw_path"], scope["query_string"], body])
@@ -333,7 +353,11 @@ class Idempotency:
     async def _run(self, claim: IdempotentAnswer, scope: Scope, body: bytes, send: Send) -> None:
         """Run the route, keep its answer, send it. An answer that could not be kept is sent all the same."""
         answer = _Captured()
-        await self._app(scope, _receive_of(body), answer)
+        try:
+            await self._app(scope, _receive_of(body), answer)
+        except Exception:
+            await self._forget(claim)  # a lean route raises its errors; the others' become answers before they get here
+            raise
         try:
             await self._keep(claim, scope["state"], answer)
         except BrokerError as error:
@@ -358,15 +382,18 @@ class Idempotency:
         return found
 
     async def _keep(self, claim: IdempotentAnswer, state: Mapping[str, Any], answer: _Captured) -> None:
-        mine = col(IdempotentAnswer.id) == claim.id
         if answer.status >= 300 or state.get(NOT_KEPT):
-            await self._database.transaction(lambda session: session.execute(sa.delete(IdempotentAnswer).where(mine)))
+            await self._forget(claim)
             return
         made_id = state.get(MADE_ID)
         text = None if made_id is not None else answer.body.decode()
         values = {"status": answer.status, "made_id": made_id, "answer": text}
-        update = sa.update(IdempotentAnswer).where(mine).values(**values)
+        update = sa.update(IdempotentAnswer).where(col(IdempotentAnswer.id) == claim.id).values(**values)
         await self._database.transaction(lambda session: session.execute(update))
+
+    async def _forget(self, claim: IdempotentAnswer) -> None:
+        mine = sa.delete(IdempotentAnswer).where(col(IdempotentAnswer.id) == claim.id)
+        await self._database.transaction(lambda session: session.execute(mine))
 
 
 class _Captured:
@@ -415,8 +442,8 @@ def _is_over(found: IdempotentAnswer, at: float) -> bool:
     return age > KEPT_SECONDS or (found.status is None and age > IN_PROGRESS_SECONDS)
 
 
-async def _read(receive: Receive) -> bytes | None:
-    """Return the whole body, or None when the client left before its end."""
+async def read_body(receive: Receive) -> bytes | None:
+    """Return the whole body (PayloadTooLarge), or None when the client left before its end."""
     body = b""
     while True:
         message = await receive()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
@@ -15,16 +14,18 @@ from broker import policy
 from broker.api.requests import AnyRequest, TagName, TagValue, Text, problems, show_once, shown_name
 from broker.errors import FieldError, InvalidRequest
 from broker.integrations import Integrations, View
+from broker.integrations.config import fits, to_be_given
 from broker.models import BrowserSession, rfc3339
 from broker.oauth.return_to import allowed_return_to
 from broker.policy import Principal, Target
 from broker.sessions import MAX_SECONDS, MIN_SECONDS, Sessions, Wanted
 from broker.settings import Settings
-from providers.spec import Provider, Secret
+from providers.spec import Provider, Secret, Variable
 
 Seconds = Annotated[int, msgspec.Meta(ge=MIN_SECONDS, le=MAX_SECONDS)]
 Texts = Annotated[list[Text], msgspec.Meta(min_length=1, max_length=100)]
 Tags = Annotated[dict[TagName, TagValue], msgspec.Meta(max_length=64)]
+Variables = Annotated[dict[str, Text], msgspec.Meta(max_length=20)]
 
 
 class SessionBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -34,7 +35,7 @@ class SessionBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     integrations: Texts | None = None
     return_to: str | None = None
     scopes: Texts | None = None
-    variables: Annotated[dict[str, Text], msgspec.Meta(max_length=20)] = {}
+    variables: Variables = {}
     tags: Tags = {}
     expires_in: Seconds = 600
 
@@ -63,7 +64,7 @@ async def create_session(
     """Mint a session; each integration, its scopes and return_to are checked now, not in the user's browser."""
     views = await _allowed_integrations(data, principal, integrations)
     require_return_to(data.return_to, settings)
-    wrong = [*_scope_problems(data.scopes, views), *_variable_problems(data.variables, views, integrations.catalog)]
+    wrong = [*_scope_problems(data.scopes, views), *_variable_problems(data, views, integrations.catalog)]
     if wrong:
         raise InvalidRequest(errors=wrong)
     wanted = Wanted(
@@ -116,16 +117,23 @@ def _scope_problems(scopes: Sequence[str] | None, views: Sequence[View]) -> list
     return [FieldError("/scopes", "must lie within the scopes of each integration")]
 
 
-def _variable_problems(
-    given: Mapping[str, str], views: Sequence[View], catalog: Mapping[str, Provider]
-) -> list[FieldError]:
-    """Return which variables are unknown, missing, or do not fit their pattern: they become part of a host."""
-    declared = {variable.name: variable for view in views for variable in catalog[view.row.provider].variables}
+def _variable_problems(data: SessionBody, views: Sequence[View], catalog: Mapping[str, Provider]) -> list[FieldError]:
+    """Return which variables are unknown, missing, or do not fit their pattern: they become part of a host.
+
+    Missing is what an integration that is named cannot start without: it has neither a default nor a ``config.variables``.
+    """
+    declared: dict[str, list[Variable]] = {}
+    needed: set[str] = set()
+    for view in views:
+        for variable in catalog[view.row.provider].variables:
+            declared.setdefault(variable.name, []).append(variable)
+        needed |= to_be_given(catalog[view.row.provider], view.row.config) if data.integrations is not None else set()
+    given = data.variables
     problems = [FieldError(f"/variables/{shown_name(name)}", "is not used here") for name in given.keys() - declared]
-    problems += [FieldError(f"/variables/{name}", "is required") for name in declared.keys() - given.keys()]
+    problems += [FieldError(f"/variables/{name}", "is required") for name in needed - given.keys()]
     for name in declared.keys() & given.keys():
-        if re.fullmatch(declared[name].pattern, given[name]) is None:
-            problems.append(FieldError(f"/variables/{name}", f"must look like {declared[name].example}"))
+        if not all(fits(variable, given[name]) for variable in declared[name]):
+            problems.append(FieldError(f"/variables/{name}", f"must look like {declared[name][0].example}"))
     return sorted(problems, key=lambda problem: problem.pointer)
 
 

@@ -76,7 +76,9 @@ class Audit:
         self._sinks = places_of(sinks)
         self._second_places = places_of(checkpoints)
         self._on_failure = on_failure
-        self._writer: GroupWriter[Entry, tuple[str, Copies]] = GroupWriter(database, self._write_group)
+        self._writer: GroupWriter[Entry, tuple[str, Copies]] = GroupWriter(
+            database, self._write_group, patience_seconds=RECORD_TIMEOUT_SECONDS
+        )
 
     def digest(self, secret: str) -> str:
         """Return a keyed digest of a credential: joins records without a hash that anyone could compute."""
@@ -102,15 +104,18 @@ class Audit:
         Raises ``AuditUnavailable`` within ``RECORD_TIMEOUT_SECONDS`` otherwise: release nothing then. The record may exist
         all the same (in the database, when only a copy failed; later, after a time-out): it says what was attempted.
         """
-        with self._counting_failures():
-            try:
-                async with asyncio.timeout(RECORD_TIMEOUT_SECONDS):
-                    record_id, copies = await self._writer.submit(entry)
-            except (*DATABASE_ERRORS, IntegrityError, TimeoutError) as error:
-                raise AuditUnavailable from error
-            if copies.error is not None:
-                raise AuditUnavailable(copies.error.detail) from copies.error
-            return record_id
+        try:
+            record_id, copies = await self._writer.submit(entry)
+        except AuditUnavailable:
+            self._count_failure()
+            raise
+        except (*DATABASE_ERRORS, IntegrityError, TimeoutError) as error:
+            self._count_failure()
+            raise AuditUnavailable from error
+        if copies.error is not None:
+            self._count_failure()
+            raise AuditUnavailable(copies.error.detail) from copies.error
+        return record_id
 
     def append(self, session: Session, *entries: Entry) -> None:
         """Link entries inside the caller's transaction; call it last in it, since it locks the head row for all writers.
@@ -185,9 +190,12 @@ class Audit:
         try:
             yield
         except AuditUnavailable:
-            if self._on_failure is not None:
-                self._on_failure()
+            self._count_failure()
             raise
+
+    def _count_failure(self) -> None:
+        if self._on_failure is not None:
+            self._on_failure()
 
     # --- reading
 

@@ -64,6 +64,8 @@ def _plain(value: object, depth: int) -> Any:  # noqa: ANN401 - JSON is any shap
 
 
 def _plain_text(value: object) -> str:
+    if type(value) is str and value.isascii() and "\x00" not in value:
+        return value  # most are: a third of the time of the search
     if not isinstance(value, str) or _UNSTORABLE.search(value):
         raise ValueError("an audit entry takes text without NUL and lone surrogates")
     return str(value)

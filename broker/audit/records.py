@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+import msgspec
 import sqlalchemy as sa
 from sqlmodel import Session, col, select
 from sqlmodel.sql.expression import SelectOfScalar
@@ -13,7 +14,7 @@ from broker.audit.chain import KeySet, Row
 from broker.audit.entries import Entry
 from broker.audit.head import lock_head, move_head
 from broker.database import now
-from broker.models import AuditRecord, new_id
+from broker.models import AuditRecord, new_ordered_ids
 
 BATCH = 1_000
 
@@ -22,6 +23,18 @@ _FIRST_AND_LAST = sa.select(sa.func.min(RECORDS.c.number), sa.func.max(RECORDS.c
 _STORED = [
     sa.cast(RECORDS.c.detail, sa.Text).label("detail") if column.name == "detail" else column for column in RECORDS.c
 ]
+_NAMES = [column.name for column in RECORDS.c if column.name != "at"]
+_KINDS = {"number": "bigint", "detail": "json"}
+_INTO = f"INSERT INTO audit_records ({', '.join(_NAMES)}, at) SELECT"
+_INSERTS = {
+    "sqlite": sa.text(
+        " ".join([_INTO, *(f"json_extract(value, '$.{name}')," for name in _NAMES), ":at FROM json_each(:rows)"])
+    ),
+    "postgresql": sa.text(
+        f"{_INTO} {', '.join(_NAMES)}, CAST(:at AS double precision) FROM json_to_recordset(CAST(:rows AS json)) "
+        f"AS given ({', '.join(f'{name} ' + _KINDS.get(name, 'text') for name in _NAMES)})"
+    ),
+}
 
 
 def link_entries(session: Session, keys: KeySet, entries: Sequence[Entry]) -> list[dict[str, Any]]:
@@ -34,20 +47,32 @@ def link_entries(session: Session, keys: KeySet, entries: Sequence[Entry]) -> li
         return []
     head = lock_head(session, keys)
     at, chain = now(session), head.chain
+    ids = new_ordered_ids("aud", len(entries), at)
     rows: list[dict[str, Any]] = []
-    for number, entry in enumerate(entries, head.count + 1):
-        row = _row(number, entry, at, keys)
+    for number, (record_id, entry) in enumerate(zip(ids, entries, strict=True), head.count + 1):
+        row = _row(number, record_id, entry, at, keys)
         row["chain"] = chain = keys.current.link(chain, row)
         rows.append(row)
-    session.connection().execute(sa.insert(RECORDS), rows)
+    _insert(session, rows, at)
     move_head(session, keys, rows[-1]["number"], chain)
     return rows
 
 
-def _row(number: int, entry: Entry, at: float, keys: KeySet) -> dict[str, Any]:
+def _insert(session: Session, rows: Sequence[Row], at: float) -> None:
+    """Write rows of one time, as one JSON document that the database takes apart.
+
+    A statement with a value for each column of each row costs 25 µs of ours for a row, this one 3. The time is a value of
+    its own: a database's reader of decimal numbers may be wrong in the last bit, and the chain covers it.
+    """
+    connection = session.connection()
+    insert = _INSERTS[connection.dialect.name]
+    connection.execute(insert, {"rows": msgspec.json.encode(rows).decode(), "at": at})
+
+
+def _row(number: int, record_id: str, entry: Entry, at: float, keys: KeySet) -> dict[str, Any]:
     return {
         "number": number,
-        "id": new_id("aud"),
+        "id": record_id,
         "at": at,
         "action": entry.action,
         "outcome": entry.outcome,

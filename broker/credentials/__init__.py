@@ -3,8 +3,9 @@
 ``Credentials`` is the face and holds the contracts; the work is in the files beside it, each of which imports only from
 those above it::
 
+    snapshots · last_use         what a hand-out reads of a row, and what it leaves on it; both in groups
     usable · stored_secrets      the row as it stands; the secret in the vault
-    leases                       one writer at a time
+    leases · watching            one writer at a time, and one query for all who wait for another process's
     renewals                     pure: the requests that renew a credential, and what is kept of the answer
     outcomes                     what a refresh came to, on the row
     journal                      the attempt, and the provider's raw answer
@@ -18,7 +19,8 @@ late holder's write is refused. docs/decisions/0006-refresh.md says why.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
@@ -31,7 +33,8 @@ from broker.credentials.outcomes import Outcomes
 from broker.credentials.refreshing import Refreshing
 from broker.credentials.revoking import Revoked, Revoking
 from broker.credentials.stored_secrets import StoredSecrets, bearer_of, oauth_value, secret_owner, sha256_hex
-from broker.credentials.upkeep import Upkeep
+from broker.credentials.upkeep import Backlog, Upkeep
+from broker.credentials.usable import Standing
 from broker.database import Database
 from broker.egress import Egress
 from broker.integrations import Configured, Integrations
@@ -42,6 +45,7 @@ from broker.vault import Vault
 from broker.vault.keyring import Sealer
 
 __all__ = [
+    "Backlog",
     "Claimed",
     "Credentials",
     "Handout",
@@ -64,7 +68,7 @@ JOURNAL_SECONDS = 60.0
 class Credentials:
     """Secrets of connections. Every method may run at once, in many tasks, processes and replicas."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - its parts, then its paces, by name
         self,
         database: Database,
         vault: Vault,
@@ -79,21 +83,28 @@ class Credentials:
         live_wait_seconds: float = LIVE_WAIT_SECONDS,
         journal_seconds: float = JOURNAL_SECONDS,
         confirm_seconds: float = CONFIRM_SECONDS,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         """Join the parts. ``lease_seconds``: how long a lease outlives what its holder is known to do.
 
         ``wait_seconds``: how long a caller waits for a refresh, its own or another's; ``live_wait_seconds``: and how long
         while there is a live token to serve. ``journal_seconds``: how long an answer is kept in memory while the database
         does not take it. ``confirm_seconds``: between a first refusal that would end the grant and asking once more.
+        ``monotonic``: the clock of durations; for tests. Not the loop's: that one stands still while a callback runs.
         """
-        waits = {"lease_seconds": lease_seconds, "wait_seconds": wait_seconds}
         stored = StoredSecrets(database, vault)
         outcomes = Outcomes(database, stored, integrations, audit, metrics, confirm_seconds=confirm_seconds)
-        journal = Journal(database, stored, sealer, outcomes, keep_seconds=journal_seconds)
-        claims = Claims(database, outcomes, journal, **waits)
+        journal = Journal(database, stored, sealer, outcomes, keep_seconds=journal_seconds, monotonic=monotonic)
+        claims = Claims(
+            database, outcomes, journal, lease_seconds=lease_seconds, wait_seconds=wait_seconds, monotonic=monotonic
+        )
         parts = (database, stored, egress, integrations, audit, claims, journal, outcomes)
         refreshing = Refreshing(
-            *parts, lease_seconds=lease_seconds, wait_seconds=wait_seconds, confirm_seconds=confirm_seconds
+            *parts,
+            lease_seconds=lease_seconds,
+            wait_seconds=wait_seconds,
+            confirm_seconds=confirm_seconds,
+            monotonic=monotonic,
         )
         self._wait_seconds = wait_seconds
         self._stored = stored
@@ -107,7 +118,7 @@ class Credentials:
 
     # Handing out
 
-    async def fresh(self, row: Connection, configured: Configured, ask: Ask, at: float) -> Handout:
+    async def fresh(self, row: Standing, configured: Configured, ask: Ask, at: float) -> Handout:
         """Return a token that fits ``ask``, refreshing at most once; concurrent callers share one refresh.
 
         ``row`` was read at ``at`` (the database's clock) and is checked here for status and pinned origins. Raises those
@@ -161,12 +172,23 @@ class Credentials:
 
     # For the worker
 
-    async def due(self, *, limit: int, after: tuple[float, str] | None = None) -> list[Connection]:
-        """Return connections to refresh now: used ones whose token ends soon, idle ones whose refresh token would die.
+    async def due(
+        self, integration: str, *, idle: bool = False, limit: int, after: tuple[float, str] | None = None
+    ) -> list[Connection]:
+        """Return connections of an integration to refresh now: used ones whose token ends soon (or ended today).
 
-        In the order of the tokens' ends and ids; ``after`` is the (end or 0, id) of the last one of the page before.
+        ``idle``: instead those whose refresh token would die of not being used. In the order of the tokens' ends and ids;
+        ``after`` is the (end or 0, id) of the last one of the page before.
         """
-        return await self._upkeep.due(limit=limit, after=after)
+        return await self._upkeep.due(integration, idle=idle, limit=limit, after=after)
+
+    async def backlog(self) -> list[Backlog]:
+        """Return for each integration with connections in use that are due how many there are, and how late."""
+        return await self._upkeep.backlog()
+
+    async def idle_integrations(self) -> list[str]:
+        """Return the integrations that have refresh tokens which would die of idleness. Reads every connection: be rare."""
+        return await self._upkeep.idle_integrations()
 
     async def left_behind(self, *, older_than_seconds: float) -> list[str]:
         """Return connections whose deletion a crash cut off, a hundred at most."""

@@ -8,11 +8,10 @@ from typing import Any
 
 from broker.credentials.refreshing import Refreshing
 from broker.credentials.stored_secrets import StoredSecrets, bearer_of, sha256_hex
-from broker.credentials.usable import read_row, require_pinned, require_usable
+from broker.credentials.usable import Standing, read_row, require_pinned, require_usable
 from broker.database import Database
 from broker.errors import BrokerError, ProviderUnavailable
 from broker.integrations import Configured
-from broker.models import Connection
 from broker.refresh import Ask, Held, after_failure, decide
 from providers.spec import Secret
 
@@ -50,7 +49,7 @@ class HandingOut:
         self._wait_seconds = wait_seconds
         self._live_wait_seconds = live_wait_seconds
 
-    async def fresh(self, row: Connection, configured: Configured, ask: Ask, at: float) -> Handout:
+    async def fresh(self, row: Standing, configured: Configured, ask: Ask, at: float) -> Handout:
         """Return a token that fits ``ask``. See ``Credentials.fresh``."""
         require_usable(row)
         require_pinned(row, configured)
@@ -61,7 +60,7 @@ class HandingOut:
             return await self._renewed(row, held, ask, at)
         return _handout(row, value, stale=choice == "stale")
 
-    async def _renewed(self, row: Connection, held: Held, ask: Ask, at: float) -> Handout:
+    async def _renewed(self, row: Standing, held: Held, ask: Ask, at: float) -> Handout:
         """Return a newer token than the one that is held, or that one if it can be served although no newer one came."""
         servable = held.live(at) and not ask.force and not held.refused(ask)
         patience_seconds = self._live_wait_seconds if servable else self._wait_seconds
@@ -81,7 +80,7 @@ class HandingOut:
         after_failure(held, ask, at, failure or ProviderUnavailable("the refresh brought no token; try again"))
         return _handout(row, value, stale=True)
 
-    async def _opened(self, row: Connection) -> tuple[Connection, dict[str, Any]]:
+    async def _opened(self, row: Standing) -> tuple[Standing, dict[str, Any]]:
         """Return the row and its secret; both anew if the secret moved on since the row was read."""
         value = await self._stored.content(row.id, row.secret_version)
         if value is not None:
@@ -91,7 +90,7 @@ class HandingOut:
         return current, await self._stored.open(current)
 
 
-def held_from(row: Connection, value: Mapping[str, Any]) -> Held:
+def held_from(row: Standing, value: Mapping[str, Any]) -> Held:
     """Return what ``decide`` needs of a row and its opened secret (pure)."""
     token = bearer_of(value)
     return Held(
@@ -105,6 +104,6 @@ def held_from(row: Connection, value: Mapping[str, Any]) -> Held:
     )
 
 
-def _handout(row: Connection, value: Mapping[str, Any], *, stale: bool) -> Handout:
+def _handout(row: Standing, value: Mapping[str, Any], *, stale: bool) -> Handout:
     kind = "Basic" if value["type"] == "basic" else "Bearer"
     return Handout(Secret(bearer_of(value)), kind, row.token_expires_at, tuple(row.scopes), row.id, stale)

@@ -6,7 +6,7 @@ import asyncio
 import base64
 import hmac
 import json
-import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import structlog
@@ -72,7 +72,9 @@ def _in_a_callers_terms(verdict: Verdict, refusal: TokenRefusal, at: float) -> E
     if verdict.ask_again:
         return RefusedOnce("the provider refused the refresh; it is asked once more", headers={"Retry-After": "2"})
     if refusal.outcome == "transient":
-        return wait_for(verdict.tally.not_before_at or at, at)
+        error = wait_for(verdict.tally.not_before_at or at, at)
+        error.pause_seconds = refusal.retry_after_seconds
+        return error
     return UpstreamInvalid("the provider refused the refresh: see status_reason of the connection")
 
 
@@ -80,7 +82,14 @@ class Journal:
     """Keeps raw answers, sealed, and acts on them. Only the holder of a connection's lease calls it."""
 
     def __init__(
-        self, database: Database, stored: StoredSecrets, sealer: Sealer, outcomes: Outcomes, *, keep_seconds: float
+        self,
+        database: Database,
+        stored: StoredSecrets,
+        sealer: Sealer,
+        outcomes: Outcomes,
+        *,
+        keep_seconds: float,
+        monotonic: Callable[[], float],
     ) -> None:
         """Keep the parts. ``keep_seconds``: how long an answer is offered to a database that does not take it."""
         self._database = database
@@ -88,6 +97,7 @@ class Journal:
         self._sealer = sealer
         self._outcomes = outcomes
         self._keep_seconds = keep_seconds
+        self._monotonic = monotonic
 
     async def keep(self, lease: Lease, token: SentToken, answered: Answered) -> RefreshJournal:
         """Make the answer durable. While the database does not take it, it is offered again: it may be the only copy.
@@ -103,7 +113,7 @@ class Journal:
                 fence=lease.fence,
                 token_digest=token.keyed_digest,
                 sealed_answer=sealed,
-                received_at=now(session) - (time.monotonic() - answered.at_monotonic),
+                received_at=now(session) - (self._monotonic() - answered.at_monotonic),
             )
             session.merge(journal)
             return journal
@@ -112,7 +122,7 @@ class Journal:
             try:
                 return await self._database.transaction(work)
             except DatabaseUnavailable:
-                waited_seconds = time.monotonic() - answered.at_monotonic
+                waited_seconds = self._monotonic() - answered.at_monotonic
                 log.error("refresh.journal_waits", connection_id=lease.connection_id, seconds=round(waited_seconds, 1))  # noqa: TRY400 - no defect
                 if waited_seconds > self._keep_seconds:
                     raise

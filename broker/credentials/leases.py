@@ -5,6 +5,7 @@ Plain functions over a session. A lease ends by the database's clock; its row st
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import sqlalchemy as sa
@@ -46,11 +47,29 @@ def is_free(at: float) -> sa.ColumnElement[bool]:
     return col(RefreshLease.owner).is_(None) | (col(RefreshLease.expires_at) < at)
 
 
-def watch(session: Session, connection_id: str) -> tuple[Connection | None, bool]:
-    """Return the connection's row and whether its lease can be claimed."""
-    lease = session.get(RefreshLease, connection_id)
-    free = lease is None or lease.owner is None or lease.expires_at < now(session)
-    return session.get(Connection, connection_id), free
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What one who waits has to know of a connection. ``free``: its lease can be claimed."""
+
+    integration: str
+    status: str
+    secret_version: int
+    free: bool
+
+
+def see(session: Session, connection_ids: Sequence[str]) -> dict[str, Seen]:
+    """Return what there is of these connections, in one query; nothing of those that are not there."""
+    rows, leases = col(Connection.id), col(RefreshLease.connection_id)
+    held = leases.is_not(None) & ~is_free(now(session))
+    query = (
+        sa.select(rows, col(Connection.integration), col(Connection.status), col(Connection.secret_version), held)
+        .select_from(sa.outerjoin(Connection, RefreshLease, rows == leases))
+        .where(rows.in_(connection_ids))
+    )
+    found = session.execute(query)
+    return {
+        one: Seen(integration, status, version, free=not taken) for one, integration, status, version, taken in found
+    }
 
 
 def take_lease(session: Session, connection_id: str, owner: str, at: float, lease_seconds: float) -> Lease | None:

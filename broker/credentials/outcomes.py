@@ -16,6 +16,7 @@ from broker.credentials.renewals import dialogue_of, renewable, renewed_value
 from broker.credentials.stored_secrets import StoredSecrets
 from broker.database import Database, now
 from broker.integrations import Integrations
+from broker.integrations.config import own_variables
 from broker.models import Connection, RefreshAttempt, RefreshJournal
 from broker.refresh import Failure, Tally, Verdict, after_attempt, refresh_ends_at
 from broker.telemetry import Metrics
@@ -61,6 +62,10 @@ class Outcomes:
             **_changes(oauth2, row, answer, received_at=received_at),
             "secret_version": version,
             "refreshable": renewable(value),
+            "variables": {
+                **row.variables,
+                **self._said(row, answer),
+            },  # the pins stay: what moved is ``origin_changed``
         }
         changes.update({"refresh_expires_at": None} if "refresh_token" not in value else {})
         await self._record(claimed.lease, changes, system_entry("connection.refreshed", row, version=version))
@@ -79,6 +84,10 @@ class Outcomes:
             log.warning("refresh.odd_answer", connection_id=row.id, provider=row.provider, members=list(answer.odd))
         if not renewable(value):
             log.warning("refresh.no_refresh_token", connection_id=row.id, provider=row.provider)
+
+    def _said(self, row: Connection, answer: TokenAnswer) -> dict[str, str]:
+        provider = self._integrations.catalog.get(row.provider)
+        return own_variables(provider, answer.variables) if provider is not None else {}
 
     async def drop(self, lease: Lease) -> None:
         """Forget an attempt whose answer is of no use any more; the row stays as it is."""

@@ -7,7 +7,7 @@ a crash at any point ends in the newest token, or in an unknown outcome that is 
 from __future__ import annotations
 
 import asyncio
-import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import structlog
@@ -67,8 +67,9 @@ class Refreshing:
         lease_seconds: float,
         wait_seconds: float,
         confirm_seconds: float,
+        monotonic: Callable[[], float],
     ) -> None:
-        """Keep the parts; the seconds are those of ``Credentials``."""
+        """Keep the parts; seconds and clock are those of ``Credentials``."""
         self._database = database
         self._stored = stored
         self._egress = egress
@@ -80,6 +81,7 @@ class Refreshing:
         self._lease_seconds = lease_seconds
         self._wait_seconds = wait_seconds
         self._confirm_seconds = confirm_seconds
+        self._monotonic = monotonic
         self._running: dict[tuple[str, int], asyncio.Task[None]] = {}
 
     async def once(self, connection_id: str, seen_version: int, patience_seconds: float) -> None:
@@ -116,7 +118,7 @@ class Refreshing:
             log.error("refresh.defect", connection_id=key[0], exc_info=error)
 
     async def _refresh(self, connection_id: str, seen_version: int) -> None:
-        deadline = time.monotonic() + self._wait_seconds
+        deadline = self._monotonic() + self._wait_seconds
         while (claimed := await self._claims.claim_or_follow(connection_id, seen_version, deadline)) is not None:
             try:
                 async with self._claims.released(claimed.lease):
@@ -183,11 +185,11 @@ class Refreshing:
         """Write the attempt, then send; a failure is recorded and raised in a caller's terms."""
         lease, row = claimed.lease, claimed.row
         lasts_seconds = prepared.timeout_seconds + self._lease_seconds
-        deadline = time.monotonic() + prepared.timeout_seconds  # read first: the lease outlives every sender
+        deadline = self._monotonic() + prepared.timeout_seconds  # read first: the lease outlives every sender
         await self._database.transaction(
             lambda session: write_attempt(session, lease, prepared.token, lasts_seconds=lasts_seconds)
         )
-        started = time.monotonic()
+        started = self._monotonic()
         log.info("refresh.sent", connection_id=row.id, fence=lease.fence, unknown_outcomes=row.unknown_outcomes)
         try:
             answer = await self._ask_provider(prepared, deadline)
@@ -197,15 +199,15 @@ class Refreshing:
         except (OutcomeUnknown, UpstreamInvalid) as error:
             await self._outcomes.fail(claimed, Failure("unknown", "outcome_unknown"))
             raise _as_provider_error(error) from None
-        elapsed_ms = round((time.monotonic() - started) * 1000)
+        elapsed_ms = round((self._monotonic() - started) * 1000)
         log.info("refresh.answered", connection_id=row.id, status=answer.status, ms=elapsed_ms)
-        return Answered(answer, time.monotonic())
+        return Answered(answer, self._monotonic())
 
     async def _ask_provider(self, prepared: _Prepared, deadline: float) -> Incoming:
         """Send with each live client secret, newest first, until one is not refused; all before the ``deadline``."""
 
         async def send(request: Outgoing) -> Incoming:
-            left_seconds = deadline - time.monotonic()
+            left_seconds = deadline - self._monotonic()
             if left_seconds <= 0:  # this process slept: the lease may be another's soon
                 raise NotSent("The time for this refresh is over")
             return await self._egress.send(request, timeout_seconds=left_seconds)

@@ -120,6 +120,6 @@ def _credential(renewal: Renewal, secret: Secret | None) -> Credential:
         urls=endpoints.urls,
         hosts=endpoints.hosts,
         client_auth=endpoints.client_auth,
-        variables=renewal.row.variables,
+        variables=renewal.configured.variables,
         at=renewal.now,
     )

@@ -13,7 +13,7 @@ from broker.credentials.leases import Lease, require_lease
 from broker.credentials.outcomes import system_entry
 from broker.credentials.stored_secrets import StoredSecrets
 from broker.credentials.usable import require_pinned, require_same_client
-from broker.database import Database
+from broker.database import Database, now
 from broker.egress import Egress
 from broker.errors import BrokerError
 from broker.integrations import Configured, Integrations
@@ -72,7 +72,8 @@ class Revoking:
         if not row.revoke_on_delete:
             return "skipped"
         try:
-            return await self._revoke(row, await self._integrations.configured(row.integration))
+            configured = await self._integrations.configured(row.integration, variables=row.variables)
+            return await self._revoke(row, configured)
         except BrokerError:
             return "failed"
 
@@ -100,6 +101,8 @@ class Revoking:
             urls=configured.endpoints.urls,
             hosts=configured.endpoints.hosts,
             client_auth=configured.endpoints.client_auth,
+            variables=configured.variables,
+            at=await self._database.read(now),
         )
 
     async def _shared(self, row: Connection, *, project: bool) -> bool:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import TypeAlias
+
 from sqlmodel import Session
 
+from broker.credentials.snapshots import Snapshot
 from broker.database import Database, now
 from broker.errors import (
     BrokerError,
@@ -18,6 +22,8 @@ from broker.errors import (
 from broker.integrations import Configured
 from broker.models import Connection
 
+Standing: TypeAlias = Connection | Snapshot  # a row, or what is read of it for a hand-out
+
 
 async def read_row(database: Database, connection_id: str) -> tuple[Connection, float]:
     """Return the row as it is now, and the database's time (NotFound)."""
@@ -31,25 +37,27 @@ async def read_row(database: Database, connection_id: str) -> tuple[Connection, 
     return row, at
 
 
-def require_usable(row: Connection) -> None:
+_REFUSALS: Mapping[str, type[BrokerError]] = {
+    "pending": ConfirmationRequired,
+    "reauthorization_required": ReauthorizationRequired,
+    "frozen": ConnectionFrozen,
+    "revoked": ConnectionRevoked,
+}
+
+
+def require_usable(row: Standing) -> None:
     """Raise what stands against using the connection, by its status."""
-    refusals: dict[str, type[BrokerError]] = {
-        "pending": ConfirmationRequired,
-        "reauthorization_required": ReauthorizationRequired,
-        "frozen": ConnectionFrozen,
-        "revoked": ConnectionRevoked,
-    }
     if row.deleted_at is not None:
         raise NotFound
-    if row.status in refusals:
-        error = refusals[row.status]()
+    if row.status in _REFUSALS:
+        error = _REFUSALS[row.status]()
         error.members = {"status_reason": row.status_reason} if row.status_reason is not None else {}
         raise error
     if row.status != "active":
         raise Conflict("the connection is in error; see status_reason")
 
 
-def require_pinned(row: Connection, configured: Configured) -> None:
+def require_pinned(row: Standing, configured: Configured) -> None:
     """Raise OriginChanged when a place that the credential goes to is not the one it was made with.
 
     A host that the provider's file gained later changes nothing: it is not pinned, so nothing is sent there.
@@ -60,7 +68,7 @@ def require_pinned(row: Connection, configured: Configured) -> None:
         raise OriginChanged
 
 
-def require_same_client(row: Connection, configured: Configured) -> None:
+def require_same_client(row: Standing, configured: Configured) -> None:
     """Raise OriginChanged when the integration is another client by now than the one that the grant was given to.
 
     The provider answers ``invalid_grant`` to a refresh token of another client, which would end the connection for good.

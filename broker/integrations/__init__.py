@@ -43,11 +43,17 @@ from broker.integrations.config import (
     Endpoints,
     IntegrationConfig,
     endpoint_fields,
+    endpoint_templates,
+    filled,
+    filled_endpoints,
     has_endpoints,
+    key_problem,
+    known_variables,
     merge_patch,
     parse_config,
     scope_problems,
-    static_endpoints,
+    signs_with_its_secret,
+    variables_in,
 )
 from broker.models import AuditRecord, ClientSecret, Connection, Integration, IntegrationLog, new_id
 from broker.policy import Principal
@@ -63,6 +69,7 @@ TEST_SECONDS = 120.0
 MOST_SECRETS = 10
 MOST_INTEGRATIONS = 10_000
 MOST_TIMED = 10_000
+MOST_KEPT = 1_000
 NO_PROVIDER = "the integration's provider is not in this version's catalog"
 RESERVED_NAMES = frozenset({"export", "import"})
 Status = Literal["configuring", "testing", "active", "inactive", "error"]
@@ -71,12 +78,14 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True, slots=True)
 class Configured:
-    """An integration ready for use."""
+    """An integration ready for use: ``endpoints`` are ``templates`` with the known ``variables`` put in."""
 
     row: Integration
     provider: Provider
     config: IntegrationConfig
     endpoints: Endpoints
+    templates: Endpoints
+    variables: Mapping[str, str]
 
     @property
     def oauth2(self) -> OAuth2:
@@ -84,6 +93,15 @@ class Configured:
         if self.provider.oauth2 is None:
             raise InvalidRequest("this provider has no OAuth flow")
         return self.provider.oauth2
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """An integration as it was built once, and what it was built from."""
+
+    version: tuple[float | None, float | None]
+    discovery: tuple[float, Mapping[str, Any]] | None
+    configured: Configured
 
 
 def secret_owner(integration: str, secret_id: str) -> str:
@@ -151,6 +169,7 @@ class Integrations:
         self._refetched_at: dict[str, float] = {}
         self._fetching: dict[str, asyncio.Lock] = {}
         self._failed: dict[str, tuple[float, BrokerError]] = {}
+        self._kept: dict[str, _Kept] = {}
 
     # Reading
 
@@ -212,15 +231,56 @@ class Integrations:
             raise Conflict(NO_PROVIDER)
         provider = self.catalog[row.provider]
         config = IntegrationConfig.model_validate(row.config)
-        return Configured(row, provider, config, endpoints or await self._endpoints(provider, config, variables))
+        known = known_variables(provider, config, variables)
+        templates = endpoints or await self._templates(provider, config, known)
+        return Configured(row, provider, config, endpoints or filled_endpoints(templates, known), templates, known)
 
-    async def _endpoints(
-        self, provider: Provider, config: IntegrationConfig, variables: Mapping[str, str] | None
+    def with_variables(self, configured: Configured, variables: Mapping[str, str]) -> Configured:
+        """Return the same integration for a connection that has other variables. Not for an issuer that has one."""
+        known = known_variables(configured.provider, configured.config, variables)
+        endpoints = filled_endpoints(configured.templates, known)
+        return replace(configured, endpoints=endpoints, variables=known)
+
+    async def configured_at(
+        self, name: str, version: tuple[float | None, float | None], variables: Mapping[str, str]
+    ) -> Configured:
+        """As ``configured``, from memory if it is still what ``version`` (created_at, updated_at) names.
+
+        The version has to be read from the database for this call. What comes is shared: do not change it. It spares a
+        query and the parsing of the configuration, together half a millisecond of each hand-out.
+        """
+        configured = await self._kept_at(name, version)
+        if not variables:
+            return configured
+        if variables_in(configured.config.issuer or ""):
+            return await self.configured(name, variables=variables)
+        return self.with_variables(configured, variables)
+
+    async def _kept_at(self, name: str, version: tuple[float | None, float | None]) -> Configured:
+        kept = self._kept.get(name)
+        if kept is not None and kept.version == version and kept.discovery is self._known_discovery(kept.configured):
+            return kept.configured
+        configured = await self.configured(name)
+        if len(self._kept) >= MOST_KEPT:
+            self._kept.clear()
+        row = configured.row
+        discovery = self._known_discovery(configured)
+        self._kept[name] = _Kept((row.created_at, row.updated_at), discovery, configured)
+        return configured
+
+    def _known_discovery(self, configured: Configured) -> tuple[float, Mapping[str, Any]] | None:
+        """Return the discovered document that its endpoints were made with; None where none is needed or it is over."""
+        known = self._discovered.get(configured.config.issuer or "")
+        return known if known is not None and time.monotonic() - known[0] < DISCOVERY_SECONDS else None
+
+    async def _templates(
+        self, provider: Provider, config: IntegrationConfig, variables: Mapping[str, str]
     ) -> Endpoints:
         discovered: Mapping[str, Any] = {}
-        if config.issuer and provider.oauth2 is not None and provider.oauth2.discovery:
-            discovered = await self._discover(config.issuer)
-        return static_endpoints(provider, config, discovered, variables)
+        issuer = filled(config.issuer or "", variables)
+        if issuer and provider.oauth2 is not None and provider.oauth2.discovery:
+            discovered = await self._discover(issuer)
+        return endpoint_templates(provider, config, discovered)
 
     async def _discover(self, issuer: str) -> Mapping[str, Any]:
         known = self._discovered.get(issuer)
@@ -343,6 +403,8 @@ class Integrations:
         config = merge_patch({}, draft.config or {})
         self._checked(draft, config)
         _require_admin(actor, before={}, after=config)
+        if draft.client_secret is not None:
+            _require_usable(self.catalog[draft.provider or ""], config, draft.client_secret)
         if has_endpoints(self.catalog[draft.provider or ""]):
             _require_admin_for_endpoints(actor, before={}, after=config)
 
@@ -358,6 +420,31 @@ class Integrations:
         self._checked(draft, config)
         _require_admin(actor, before=row.config, after=config)
         _require_admin_for_endpoints(actor, before=row.config, after=config)
+        await self._signing_ids(row, config)
+
+    def require_usable(self, draft: Draft, values: Sequence[Secret]) -> None:
+        """Raise InvalidRequest when a secret cannot be a client secret of this (whole, checked) integration."""
+        for value in values:
+            _require_usable(self.catalog[draft.provider or ""], draft.config or {}, value)
+
+    async def _signing_ids(self, row: Integration, config: Mapping[str, Any]) -> frozenset[str] | None:
+        """Return the ids of the live client secrets if from now on they have to be private keys, and are (InvalidRequest).
+
+        None where nothing changes in that.
+        """
+        provider = self.catalog.get(row.provider)
+        if (
+            provider is None
+            or not signs_with_its_secret(provider, config)
+            or signs_with_its_secret(provider, row.config)
+        ):
+            return None
+        live = await self.secrets(row.name)
+        problems = [key_problem(await self._client_secret(row.name, one.id)) for one in live]
+        if (problem := next(filter(None, problems), None)) is not None:
+            detail = f"a live client secret cannot sign ({problem}): delete it first"
+            raise InvalidRequest(errors=[FieldError("/config/client_auth", detail)])
+        return frozenset(one.id for one in live)
 
     def _checked(self, draft: Draft, config: Mapping[str, Any]) -> None:
         problems = list(scope_problems(draft.scopes)) if draft.scopes is not None else []
@@ -375,6 +462,8 @@ class Integrations:
 
         Raises NotFound, InvalidRequest, Forbidden. A client secret that is live already is not added again.
         """
+        seen = (await self.get(draft.name)).row
+        signing = await self._signing_ids(seen, merge_patch(seen.config, draft.config or {}))
         stored = await self._stored(draft.name, draft.client_secret)
         changed = {
             name: value
@@ -388,6 +477,7 @@ class Integrations:
             self._checked(replace(draft, provider=row.provider), config)
             _require_admin(actor, before=before, after=config)
             _require_admin_for_endpoints(actor, before=before, after=config)
+            self._require_keys(session, row, config, signing, draft.client_secret)
             for name, value in {**changed, "config": config, "updated_at": now(session), "test_error": None}.items():
                 setattr(row, name, value)
             session.flush()
@@ -400,6 +490,23 @@ class Integrations:
 
         await self._added_or_discarded(draft.name, stored, work)
         return await self.get(draft.name)
+
+    def _require_keys(
+        self,
+        session: Session,
+        row: Integration,
+        config: Mapping[str, Any],
+        signing: frozenset[str] | None,
+        added: Secret | None,
+    ) -> None:
+        """Raise what stands against client secrets that sign; ``signing`` are those that were looked at beforehand."""
+        provider = self.catalog[row.provider]
+        if added is not None:
+            _require_usable(provider, config, added)
+        if signs_with_its_secret(provider, config) and not signs_with_its_secret(provider, row.config):
+            live = session.exec(select(ClientSecret.id).where(ClientSecret.integration == row.name))
+            if signing is None or not signing >= set(live):
+                raise Conflict("the client secrets were changed meanwhile; try again")
 
     def _changeable(self, session: Session, draft: Draft) -> Integration:
         row = session.get(Integration, draft.name, with_for_update=True)
@@ -441,8 +548,11 @@ class Integrations:
         stored = await self._stored(name, value, source=source)
 
         def work(session: Session) -> bool:
-            if session.get(Integration, name, with_for_update=True) is None:
+            row = session.get(Integration, name, with_for_update=True)
+            if row is None:
                 raise NotFound
+            if row.provider in self.catalog:
+                _require_usable(self.catalog[row.provider], row.config, value)
             added = self._live(session, name, stored, actor)
             self._audit.append(session, *added)
             return bool(added)
@@ -525,20 +635,33 @@ class Integrations:
         """Pin all connections of an integration to its endpoints and its client as they are now; return how many moved."""
         if "admin" not in actor.roles:
             raise Forbidden("only an admin may change where credentials go")
-        configured = await self.configured(name)
-        origins = configured.endpoints.origins
+        configured, pins = await self.configured(name), await self._pins(name)
 
         def work(session: Session) -> int:
             rows = list(session.exec(select(Connection).where(Connection.integration == name)))
-            client_id = configured.row.client_id
-            moved = [row for row in rows if (row.pins, row.client_id) != (origins, client_id)]
-            for row in moved:
-                row.pins, row.client_id = dict(origins), client_id
+            client_id, moved = configured.row.client_id, 0
+            for row in rows:
+                origins = pins.get(_key_of(row.variables), row.pins)  # one that came meanwhile is pinned already
+                if (row.pins, row.client_id) != (origins, client_id):
+                    row.pins, row.client_id, moved = dict(origins), client_id, moved + 1
             session.flush()
-            self._audit.append(session, _entry("integration.rebound", actor, name, connections=len(moved)))
-            return len(moved)
+            self._audit.append(session, _entry("integration.rebound", actor, name, connections=moved))
+            return moved
 
         return await self._database.transaction(work)
+
+    async def _pins(self, name: str) -> dict[str, dict[str, str]]:
+        """Return the origins of today for each set of variables that connections of an integration have."""
+        held = select(Connection.variables).where(Connection.integration == name)
+        found = await self._database.read(lambda session: {_key_of(one): one for one in session.exec(held)})
+        configured, pins = await self.configured(name), {}
+        for key, variables in found.items():
+            if variables_in(configured.config.issuer or ""):
+                mine = await self.configured(name, variables=variables)
+            else:
+                mine = self.with_variables(configured, variables)
+            pins[key] = mine.endpoints.origins
+        return pins
 
     # Start-up
 
@@ -582,7 +705,10 @@ class Integrations:
         if draft.client_id and view.row.client_id != draft.client_id:
             await self.update(Draft(draft.name, client_id=draft.client_id), None)
         if draft.client_secret is not None:
-            await self.add_secret(draft.name, draft.client_secret, None, source=source)
+            try:
+                await self.add_secret(draft.name, draft.client_secret, None, source=source)
+            except InvalidRequest as error:
+                raise SettingsError(f"{setting}: integration {draft.name}: {_told(error)}") from None
 
     async def _may_take(self, view: View, draft: Draft) -> bool:
         """Whether a secret of the settings would go where the settings say, or is live there already."""
@@ -757,12 +883,23 @@ def _require_admin_for_endpoints(
         raise Forbidden("only an admin may change where credentials go")
 
 
+def _require_usable(provider: Provider, config: Mapping[str, Any], secret: Secret) -> None:
+    """Raise InvalidRequest for a client secret that would have to sign, and cannot."""
+    problem = key_problem(secret) if signs_with_its_secret(provider, config) else None
+    if problem is not None:
+        raise InvalidRequest(errors=[FieldError("/client_secret", problem)])
+
+
 def _require_admin(actor: Principal | None, *, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
     if actor is None or "admin" in actor.roles:
         return
     weaker_session = before.get("require_session", False) and not after.get("require_session", False)
     if weaker_session or after.get("confirm", "always") != before.get("confirm", "always"):
         raise Forbidden("only an admin may change what protects the flows")
+
+
+def _key_of(variables: Mapping[str, str]) -> str:
+    return json.dumps(variables, sort_keys=True)
 
 
 def _newest_first(query: Any) -> Any:  # noqa: ANN401 - a select of rows or of ids

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -12,7 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from broker.egress import origin_of
 from broker.errors import FieldError, InvalidRequest
 from providers import PLACEHOLDER
-from providers.spec import RESERVED_AUTHORIZE_PARAMS, ClientAuth, OAuth2, Provider, Variable
+from providers.client_auth import signing_algorithm
+from providers.spec import RESERVED_AUTHORIZE_PARAMS, ClientAuth, OAuth2, Provider, Secret, Variable
 
 NAME_PATTERN = r"[a-z0-9][a-z0-9_-]{0,62}"
 URL_FIELDS = (*("authorize_url", "token_url", "refresh_url", "revoke_url", "device_url", "jwks_url", "userinfo_url"),)
@@ -94,7 +96,7 @@ class IntegrationConfig(BaseModel):
     cache: CacheConfig | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # without slots: ``origins`` is kept
 class Endpoints:
     """Where an integration's dialogue goes, after discovery and overrides."""
 
@@ -104,9 +106,9 @@ class Endpoints:
     client_auth: ClientAuth
     iss_required: bool
 
-    @property
+    @cached_property
     def origins(self) -> dict[str, str]:
-        """The origin of each place that a credential may go to: what a connection pins."""
+        """The origin of each place that a credential may go to: what a connection pins. Computed once; do not change it."""
         places = {name.removesuffix("_url"): self.urls[name] for name in PINNED_URLS}
         places.update({f"api:{name}": url for name, url in self.hosts.items()})
         return {name: origin_of(url) for name, url in places.items() if url}
@@ -208,20 +210,74 @@ def static_endpoints(
 
     ``variables`` are a connection's. What needs one that is not known is left out: the URL is empty, the host absent.
     """
-    oauth2, known = provider.oauth2 or OAuth2(), known_variables(provider, config, variables)
-    urls = {}
-    for name in URL_FIELDS:
-        urls[name] = filled(getattr(config, name) or discovered.get(name) or getattr(oauth2, name), known)
-    templates = {**provider.hosts, **(config.hosts or {})}
+    templates = endpoint_templates(provider, config, discovered)
+    return filled_endpoints(templates, known_variables(provider, config, variables))
+
+
+def endpoint_templates(provider: Provider, config: IntegrationConfig, discovered: Mapping[str, Any]) -> Endpoints:
+    """Return the endpoints with their variables still in them; otherwise as ``static_endpoints`` (pure)."""
+    oauth2 = provider.oauth2 or OAuth2()
+    urls = {name: getattr(config, name) or discovered.get(name) or getattr(oauth2, name) for name in URL_FIELDS}
+    hosts = {**provider.hosts, **(config.hosts or {})}
     if config.api_base_url:
-        templates[""] = config.api_base_url
-    hosts = {name: url for name, template in templates.items() if (url := filled(template, known))}
+        hosts[""] = config.api_base_url
     moved = config.authorize_url is not None and not oauth2.discovery
     issuer = config.issuer or cast("str", discovered.get("issuer", "")) or ("" if moved else oauth2.issuer)
-    issuer = filled(issuer, known)
     auth = config.client_auth or discovered.get("client_auth") or oauth2.client_auth
     required = oauth2.callback_iss == "required" or bool(discovered.get("iss_in_callback"))
     return Endpoints(urls, hosts, issuer, cast("ClientAuth", auth), required)
+
+
+def filled_endpoints(templates: Endpoints, variables: Mapping[str, str]) -> Endpoints:
+    """Return the endpoints with these variables put in; what needs another is left out (pure)."""
+    return Endpoints(
+        urls={name: filled(url, variables) for name, url in templates.urls.items()},
+        hosts={name: url for name, template in templates.hosts.items() if (url := filled(template, variables))},
+        issuer=filled(templates.issuer, variables),
+        client_auth=templates.client_auth,
+        iss_required=templates.iss_required,
+    )
+
+
+def variables_in(url: str) -> frozenset[str]:
+    """Return the names of the variables that a URL has (pure)."""
+    return frozenset(PLACEHOLDER.findall(url))
+
+
+def own_variables(provider: Provider, given: Mapping[str, str]) -> dict[str, str]:
+    """Return which of the given variables are this provider's and fit (pure)."""
+    return {
+        variable.name: given[variable.name]
+        for variable in provider.variables
+        if variable.name in given and fits(variable, given[variable.name])
+    }
+
+
+def to_be_given(provider: Provider, config: Mapping[str, Any]) -> set[str]:
+    """Return the variables that a flow cannot start without, and that only its session can know (pure).
+
+    One that is learned during the flow is among them only where the browser has to be sent to an address that has it.
+    """
+    oauth2 = provider.oauth2 or OAuth2()
+    at_start = variables_in(str(config.get("authorize_url") or oauth2.authorize_url))
+    settled = {variable.name for variable in provider.variables if variable.default} | set(config.get("variables", {}))
+    open_ones = {one.name for one in provider.variables if not one.learned or one.name in at_start}
+    return open_ones - settled
+
+
+def signs_with_its_secret(provider: Provider, config: Mapping[str, Any]) -> bool:
+    """Whether the client secret has to be a private key, as far as that is known without discovery (pure)."""
+    own = provider.oauth2.client_auth if provider.oauth2 is not None else None
+    return (config.get("client_auth") or own) == "private_key_jwt"
+
+
+def key_problem(secret: Secret) -> str | None:
+    """Return why a client secret cannot sign the client's assertions; None when it can (pure)."""
+    try:
+        signing_algorithm(secret)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def endpoint_fields(config: Mapping[str, Any]) -> dict[str, Any]:

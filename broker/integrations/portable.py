@@ -66,6 +66,7 @@ async def import_document(
     known = {view.row.name: view.row for view in await integrations.every()}
     for draft in drafts:
         await integrations.check_change(draft, known.get(draft.name), principal)
+        integrations.require_usable(draft, [Secret(value) for value in opened.get(draft.name, [])])
     for draft in drafts:
         if draft.name in known:
             await integrations.update(_replacing(draft, known[draft.name]), principal)

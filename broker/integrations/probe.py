@@ -61,6 +61,8 @@ async def _client(integrations: Integrations, egress: Egress, configured: Config
         client = await integrations.client(configured)
         if not client.client_id:
             return _check("client", "the client id is missing")
+        if not configured.endpoints.urls["token_url"]:
+            return _check("client", "the token endpoint has a variable that neither a default nor config.variables fills")
         request = exchange_request(
             configured.oauth2,
             token_url=configured.endpoints.urls["token_url"],

@@ -477,6 +477,7 @@ def _moved(pending: Connection, row: Connection, value: Mapping[str, Any]) -> di
         "missing_scopes",
         "token_expires_at",
         "pins",
+        "variables",
         "client_id",
         "flow_id",
         "account_name",

@@ -38,7 +38,7 @@ from broker.models import Connection, DeviceFlow, Flow, new_id
 from broker.oauth.confirm import Confirmations
 from broker.oauth.exchange import Exchange
 from broker.oauth.outcome import pending_connection
-from broker.oauth.plan import Start, new_flow, planned_endpoints
+from broker.oauth.plan import Start, new_flow
 from broker.policy import Principal, Target
 from broker.sessions import digest
 from broker.settings import Settings
@@ -55,7 +55,7 @@ from broker.token_endpoint import (
 )
 from broker.vault import SecretUnreadable, Vault
 from broker.vault.keyring import Sealer
-from providers.spec import Incoming, Outgoing, Provider, Secret
+from providers.spec import Provider, Secret
 
 AT_ONCE = 50
 SLOW_DOWN_SECONDS = 5.0  # RFC 8628 3.5
@@ -186,7 +186,7 @@ class DeviceFlows:
             device_request(oauth2, device_url=url, client=client, secret=secret, scopes=flow.scopes, now=at)
             for secret in client.secrets or (None,)
         ]
-        answer = await first_not_refused(oauth2, requests, self._sender(configured))
+        answer = await first_not_refused(oauth2, requests, self._exchange.sender(configured))
         parsed = parse_device_answer(oauth2, answer, received_at=at, development=self._settings.development)
         if isinstance(parsed, DeviceAnswer):
             return parsed
@@ -194,12 +194,6 @@ class DeviceFlows:
         if parsed.outcome == "transient":
             raise ProviderUnavailable
         raise UpstreamInvalid("the provider refused to start a device flow: see the integration's log")
-
-    def _sender(self, configured: Configured) -> Any:  # noqa: ANN401 - a function
-        async def send(request: Outgoing) -> Incoming:
-            return await self._egress.send(request, timeout_seconds=configured.config.timeout_seconds)
-
-        return send
 
     async def _note(self, integration: str, text: str) -> None:
         await self._integrations.note(integration, action="device", level="error", text=text)
@@ -254,7 +248,7 @@ class DeviceFlows:
         if row.connection_id is not None:  # the token is here; only the activation had to wait
             await self._activate(row, flow)
             return
-        configured = await self._as_planned(flow)
+        configured = await self._exchange.as_planned(flow)
         answer, received_at = await self._asked(row, flow, configured)
         if isinstance(answer, TokenAnswer):
             await self._store(row, flow, configured, answer, received_at)
@@ -264,15 +258,6 @@ class DeviceFlows:
             await self._wait(row, following)
         else:
             await self._end(row, following, answer.error)
-
-    async def _as_planned(self, flow: Flow) -> Configured:
-        try:
-            configured = await self._integrations.configured(flow.integration, endpoints=planned_endpoints(flow))
-        except NotFound:
-            raise FlowError("integration_disabled") from None
-        if not configured.row.enabled or configured.provider.name != flow.plan["provider"]:
-            raise FlowError("integration_disabled")
-        return configured
 
     async def _asked(
         self, row: DeviceFlow, flow: Flow, configured: Configured
@@ -284,7 +269,7 @@ class DeviceFlows:
             device_token_request(oauth2, token_url=url, client=client, secret=secret, device_code=code, now=at)
             for secret in client.secrets or (None,)
         ]
-        answer = await first_not_refused(oauth2, requests, self._sender(configured))
+        answer = await first_not_refused(oauth2, requests, self._exchange.sender(configured))
         received_at = await self._database.read(now)
         return parse_answer(oauth2, answer, received_at=received_at), received_at
 
@@ -317,8 +302,10 @@ class DeviceFlows:
 
         The code is spent: after a crash before the row is written the user has to begin anew, as in a browser's flow.
         """
-        account = await self._exchange.account(flow, configured, answer, None)
-        pending = pending_connection(flow, configured, answer, account)
+        known = await self._exchange.identified(flow, configured, answer, None)
+        pending = pending_connection(
+            flow, known.configured, answer, known.account, known.learned, received_at=received_at
+        )
         value = oauth_value(answer, received_at=received_at)
         pending.secret_version = await self._vault.put(secret_owner(pending.id), value, expected_version=0)
         pending.refreshable = "refresh_token" in value

@@ -3,7 +3,8 @@
 ``start`` writes a row and returns where to send the browser. ``finish`` checks everything that can be checked without the
 provider, consumes the flow by one conditional update, exchanges the code, verifies who consented, and leaves a *pending*
 connection with a one-time confirm code. The row's sealed outcome answers a duplicate of the same browser for 120 s.
-PKCE S256 always (RFC 7636), state bound to a cookie, ``iss`` checked (RFC 9207), nonce with OpenID Connect.
+PKCE S256 (RFC 7636) unless the provider's file forbids it, state bound to a cookie, ``iss`` checked (RFC 9207), nonce with
+OpenID Connect.
 
 Beside it: ``plan`` (pure: what is asked for), ``exchange`` (the provider is asked), ``outcome`` (pure: how it ends).
 """
@@ -14,7 +15,7 @@ import asyncio
 import json
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +31,6 @@ from broker.errors import (
     BrokerError,
     EgressDenied,
     FlowError,
-    NotFound,
     ProviderUnavailable,
     RateLimited,
     UpstreamInvalid,
@@ -39,7 +39,7 @@ from broker.integrations import Configured, Integrations
 from broker.models import BrowserSession, Connection, Flow
 from broker.oauth.browser import new_cookie_value
 from broker.oauth.confirm import Confirmations, Newcomer, keeps_refresh_token
-from broker.oauth.exchange import Exchange
+from broker.oauth.exchange import Exchange, Identified
 from broker.oauth.outcome import (
     OUTCOME_SECONDS,
     Outcome,
@@ -54,6 +54,8 @@ from broker.oauth.plan import (
     Start,
     extra_params,
     has_flow,
+    lacks_variables,
+    learned_from,
     new_flow,
     planned_endpoints,
     scopes_to_ask,
@@ -110,6 +112,16 @@ class Callback:
         if len(values) > 1:
             raise FlowError("state_invalid")
         return values[0] if values else None
+
+
+@dataclass(frozen=True, slots=True)
+class Brought:
+    """What an exchange is made with: the code, its verifier, the nonce, and the variables that the callback named."""
+
+    code: Secret
+    verifier: Secret
+    nonce: str
+    learned: Mapping[str, str]
 
 
 class Flows:
@@ -190,9 +202,12 @@ class Flows:
         if session is not None and session.integrations is not None and wanted.integration not in session.integrations:
             raise FlowError("session_required", "This session is for other integrations.")
         try:
-            configured = await self._integrations.configured(wanted.integration)
+            given = session.variables if session is not None else None
+            configured = await self._integrations.configured(wanted.integration, variables=given)
         except (ProviderUnavailable, UpstreamInvalid, EgressDenied):
             raise FlowError("provider_unavailable") from None
+        if lacks_variables(configured):
+            raise FlowError("session_required", "This link does not say which account's address it is for.")
         if not has_flow(configured):
             raise FlowError("integration_disabled")
         if configured.config.require_session and session is None:
@@ -235,29 +250,53 @@ class Flows:
     async def finish(self, callback: Callback) -> Outcome:
         """Finish a flow: return where the browser goes, or raise FlowError for a page.
 
-        A page, and nothing changed, for what does not belong to this browser: unknown or foreign state, missing cookie,
-        repeated parameters. Everything after that ends at ``return_to``. The exchange happens once.
+        A page, and nothing changed, for what does not belong to this browser or this flow: unknown or foreign state,
+        missing cookie, repeated parameters, a signature that no live client secret made, another account's address than
+        the flow was started for. Everything after that ends at ``return_to``. The exchange happens once.
         """
         came = {name: callback.one(name) for name in ("state", "iss", "error", "code")}
         flow = await self._find(came["state"], callback)
+        learned = await self._vetted(flow, callback)
         if flow.consumed_at is not None or not await self._consume(flow):
             return await self._twin(flow)
-        outcome, reached = await self._ended(flow, iss=came["iss"], error=came["error"], code=came["code"])
+        outcome, reached = await self._ended(flow, came, learned)
         if not outcome.again:
             await self._keep_outcome(flow, outcome, told=reached or flow.session_id is not None)
             self._metrics.flow(flow.plan["provider"], outcome.error or "connected")
         return outcome
 
-    async def _ended(self, flow: Flow, *, iss: str | None, error: str | None, code: str | None) -> tuple[Outcome, bool]:
+    async def _vetted(self, flow: Flow, callback: Callback) -> dict[str, str]:
+        """Return the variables that the callback brings, once its signature is checked where there is one (FlowError)."""
+        provider = self._integrations.catalog.get(flow.plan["provider"])
+        oauth2 = provider.oauth2 if provider is not None else None
+        if provider is None or oauth2 is None:
+            return {}  # the flow ends, and says so, where it was started from
+        came = {name: callback.one(parameter) for name, parameter in oauth2.callback_variables.items()}
+        try:
+            learned = learned_from(flow, provider, came)
+        except ValueError:
+            raise FlowError("state_invalid") from None
+        if oauth2.verify_callback is not None:
+            configured = await self._exchange.as_planned(flow, learned)
+            client = await self._exchange.client(flow, configured, learned)
+            if not any(_signed(oauth2.verify_callback, callback.parameters, secret) for secret in client.secrets):
+                log.warning("flow.callback_not_signed", flow_id=flow.id, integration=flow.integration)
+                raise FlowError("state_invalid")
+        return learned
+
+    async def _ended(
+        self, flow: Flow, came: Mapping[str, str | None], learned: Mapping[str, str]
+    ) -> tuple[Outcome, bool]:
         """Run a consumed flow to its end, whatever that is; return also whether it reached the exchange."""
         reached = False
         try:
-            refuse(flow, iss=iss, error=error, code=code)
-            configured = await self._as_planned(flow)
+            refuse(planned_endpoints(flow, learned), iss=came["iss"], error=came["error"], code=came["code"])
+            configured = await self._exchange.as_planned(flow, learned)
             sealed = await self._verifier(flow)
-            client = await self._exchange.client(flow, configured)
+            client = await self._exchange.client(flow, configured, learned)
+            brought = Brought(Secret(came["code"] or ""), Secret(sealed["verifier"]), sealed["nonce"], learned)
             reached = True
-            return await self._exchanged(flow, configured, client, code or "", sealed), reached
+            return await self._exchanged(flow, configured, client, brought), reached
         except FlowError as failure:
             return failed_outcome(flow, failure.flow_code), reached
         except BrokerError as failure:
@@ -274,20 +313,6 @@ class Flows:
         if not same_digest(callback.cookies.get(flow.cookie_name), flow.cookie_digest):
             raise FlowError("state_invalid")
         return flow
-
-    async def _as_planned(self, flow: Flow) -> Configured:
-        """Return the integration with the endpoints as they were at start, whatever was changed since.
-
-        Nothing is discovered, so an issuer that was changed meanwhile is not even asked. FlowError when the integration
-        was switched off, removed, or made anew for another provider.
-        """
-        try:
-            configured = await self._integrations.configured(flow.integration, endpoints=planned_endpoints(flow))
-        except NotFound:
-            raise FlowError("integration_disabled") from None
-        if not configured.row.enabled or configured.provider.name != flow.plan["provider"] or not has_flow(configured):
-            raise FlowError("integration_disabled")
-        return configured
 
     async def _verifier(self, flow: Flow) -> Mapping[str, str]:
         """Return the opened verifier and nonce of a flow that is still in time (FlowError)."""
@@ -352,19 +377,17 @@ class Flows:
 
     # What comes of it
 
-    async def _exchanged(
-        self, flow: Flow, configured: Configured, client: Client, code: str, sealed: Mapping[str, str]
-    ) -> Outcome:
+    async def _exchanged(self, flow: Flow, configured: Configured, client: Client, brought: Brought) -> Outcome:
         answer, received_at = await self._exchange.tokens(
-            flow, configured, client, code=Secret(code), verifier=Secret(sealed["verifier"])
+            flow, configured, client, code=brought.code, verifier=brought.verifier
         )
-        account = await self._exchange.account(flow, configured, answer, sealed["nonce"])
+        known = await self._exchange.identified(flow, configured, answer, brought.nonce, brought.learned)
         if answer.refresh_token is None and configured.oauth2.refresh.expected:
-            url = await self._ask_for_consent(flow, configured, account)
+            url = await self._ask_for_consent(flow, known.configured, known.account)
             if url is not None:
                 return Outcome(url, again=True)
-        await self._require_same_account(flow, account)
-        return await self._leave_pending(flow, configured, answer, account, received_at)
+        await self._require_same_account(flow, known.account)
+        return await self._leave_pending(flow, known, answer, received_at)
 
     async def _ask_for_consent(self, flow: Flow, configured: Configured, account: Account | None) -> str | None:
         """Return where to ask for consent again, once, when no refresh token came although this kind of app gets one.
@@ -397,16 +420,10 @@ class Flows:
         if old.account_id != account_id and (old.account_id is not None or other is not None):
             raise FlowError("account_mismatch")
 
-    async def _leave_pending(
-        self,
-        flow: Flow,
-        configured: Configured,
-        answer: TokenAnswer,
-        account: Account | None,
-        received_at: float,
-    ) -> Outcome:
+    async def _leave_pending(self, flow: Flow, known: Identified, answer: TokenAnswer, received_at: float) -> Outcome:
         """Store the tokens, then the pending row that names their version, then hand out the confirm code."""
-        pending, code = pending_connection(flow, configured, answer, account), Secret(secrets.token_urlsafe(32))
+        configured, code = known.configured, Secret(secrets.token_urlsafe(32))
+        pending = pending_connection(flow, configured, answer, known.account, known.learned, received_at=received_at)
         connection_id = pending.id
         value = oauth_value(answer, received_at=received_at)
         version = await self._vault.put(secret_owner(connection_id), value, expected_version=0)
@@ -430,6 +447,15 @@ class Flows:
         if survivor is not None:
             return connected_outcome(flow, survivor.id, None, pending.missing_scopes)
         return connected_outcome(flow, connection_id, code, pending.missing_scopes)
+
+
+def _signed(
+    verify: Callable[[Sequence[tuple[str, str]], Secret], bool], received: Sequence[tuple[str, str]], secret: Secret
+) -> bool:
+    try:
+        return verify(received, secret)
+    except Exception:  # noqa: BLE001 - a provider's function stumbled over the parameters: whatever it raises, they are not signed
+        return False
 
 
 def _of_account(flow: Flow, account_id: str | None) -> list[sa.ColumnElement[bool]]:

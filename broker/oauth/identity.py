@@ -178,7 +178,8 @@ def plain_account(account: Account) -> Account:
     subject = _text(account.id)
     if subject is None:
         raise IdentityInvalid("the provider's API names no account")
-    return Account(subject, _text(account.name), _text(account.email))
+    variables = {name: value for name, value in account.variables.items() if isinstance(value, str)}
+    return Account(subject, _text(account.name), _text(account.email), variables)
 
 
 def _text(claim: object) -> str | None:

@@ -15,7 +15,9 @@ from sqlmodel import col
 
 from broker.errors import FlowError
 from broker.integrations import Configured
+from broker.integrations.config import Endpoints
 from broker.models import Connection, Flow, new_id
+from broker.refresh import refresh_ends_at
 from broker.token_endpoint import TokenAnswer, granted_scopes, missing_scopes
 from providers.spec import Account, Secret
 
@@ -48,10 +50,9 @@ class Outcome:
         return cls(url, error, connection_id, Secret(code) if code else None, tuple(missing), again)
 
 
-def refuse(flow: Flow, *, iss: str | None, error: str | None, code: str | None) -> None:
+def refuse(planned: Endpoints, *, iss: str | None, error: str | None, code: str | None) -> None:
     """Raise what stands against going on (FlowError), judged by what was configured at start (RFC 9207 2.4)."""
-    expected = flow.plan["issuer"]
-    if (iss is None and flow.plan["iss_required"]) or (iss is not None and expected and iss != expected):
+    if (iss is None and planned.iss_required) or (iss is not None and planned.issuer and iss != planned.issuer):
         raise FlowError("issuer_mismatch")
     if error is not None:
         known = {"access_denied": "access_denied", "temporarily_unavailable": "provider_unavailable"}
@@ -77,9 +78,21 @@ def connected_outcome(flow: Flow, connection_id: str, code: Secret | None, missi
     return Outcome(with_query(flow.return_to, added), connection_id=connection_id, confirm_code=code)
 
 
-def pending_connection(flow: Flow, configured: Configured, answer: TokenAnswer, account: Account | None) -> Connection:
-    """Return the row of what came of a flow; it lacks its times and its secret's version (pure)."""
-    granted = granted_scopes(configured.oauth2, flow.scopes, answer)
+def pending_connection(
+    flow: Flow,
+    configured: Configured,
+    answer: TokenAnswer,
+    account: Account | None,
+    learned: Mapping[str, str],
+    *,
+    received_at: float,
+) -> Connection:
+    """Return the row of what came of a flow; it lacks its times and its secret's version (pure).
+
+    ``configured`` and ``learned`` are what is known in the end: they become its pins and its variables.
+    """
+    granted, refresh = granted_scopes(configured.oauth2, flow.scopes, answer), configured.oauth2.refresh
+    ends_at = refresh_ends_at(refresh, answer.refresh_expires_at, received_at=received_at, before=None)
     return Connection(
         id=new_id("con"),
         integration=flow.integration,
@@ -91,11 +104,11 @@ def pending_connection(flow: Flow, configured: Configured, answer: TokenAnswer, 
         status="pending",
         client_id=flow.plan["client_id"],
         pins=configured.endpoints.origins,
-        variables=flow.variables,
+        variables={**flow.variables, **learned},
         scopes=list(granted),
         missing_scopes=list(missing_scopes(configured.oauth2, flow.scopes, answer.scopes)),
         token_expires_at=answer.expires_at,
-        refresh_expires_at=answer.refresh_expires_at,
+        refresh_expires_at=ends_at if answer.refresh_token is not None else None,
         tags=flow.tags,
         flow_id=flow.id,
     )

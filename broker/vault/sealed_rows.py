@@ -5,15 +5,15 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
 from sqlmodel import Session, col
 
-from broker.database import Database, now
+from broker.database import Database, GroupReader, now
 from broker.errors import DatabaseUnavailable, SecretStoreUnavailable
 from broker.models import SealedSecret
 from broker.vault import SecretNotFound, SecretUnreadable, VaultConflict
@@ -39,6 +39,11 @@ class SealedRows:
 
     database: Database
     sealer: Sealer
+    _versions: GroupReader[tuple[str, int], bytes | None] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Make the reader of versions that are asked for at the same time."""
+        object.__setattr__(self, "_versions", GroupReader(self.database, _find_versions))
 
     async def put(self, owner: str, value: Mapping[str, Any], *, expected_version: int) -> int:
         """See ``Vault``. Writing and dropping versions that are too old is one transaction.
@@ -61,7 +66,11 @@ class SealedRows:
     async def get(self, owner: str, version: int | None = None) -> tuple[int, dict[str, Any]]:
         """See ``Vault``. A data key that another replica made is loaded on the way."""
         with _store_errors():
-            found = await self.database.read(lambda session: _find(session, owner, version))
+            if version is None:
+                found = await self.database.read(lambda session: _find_newest(session, owner))
+            else:
+                sealed = await self._versions.submit((owner, version))
+                found = None if sealed is None else (version, sealed)
             if found is None:
                 raise SecretNotFound("there is no such version")
             plaintext = await self.sealer.open_fresh(
@@ -123,17 +132,23 @@ def _append(session: Session, row: Mapping[str, Any], expected_version: int) -> 
     )
 
 
-def _find(session: Session, owner: str, version: int | None) -> tuple[int, bytes] | None:
-    wanted = (
-        sa.select(col(SealedSecret.version), col(SealedSecret.sealed))
-        .where(col(SealedSecret.owner) == owner)
-        .order_by(col(SealedSecret.version).desc())
-        .limit(1)
-    )
-    if version is not None:
-        wanted = wanted.where(col(SealedSecret.version) == version)
-    found = session.execute(wanted).first()
+def _find_newest(session: Session, owner: str) -> tuple[int, bytes] | None:
+    newest = sa.select(col(SealedSecret.version), col(SealedSecret.sealed)).where(col(SealedSecret.owner) == owner)
+    found = session.execute(newest.order_by(col(SealedSecret.version).desc()).limit(1)).first()
     return None if found is None else (found.version, found.sealed)
+
+
+_VERSIONS = sa.select(col(SealedSecret.owner), col(SealedSecret.version), col(SealedSecret.sealed)).where(
+    col(SealedSecret.owner).in_(sa.bindparam("owners", expanding=True))
+)
+
+
+def _find_versions(connection: sa.Connection, wanted: Sequence[tuple[str, int]]) -> list[bytes | None]:
+    """Return these owners' versions as they are sealed. All versions of an owner are read: there are three at most."""
+    owners = list(dict.fromkeys(owner for owner, _ in wanted))
+    rows = connection.execute(_VERSIONS, {"owners": owners}).all()
+    found = {(owner, version): sealed for owner, version, sealed in rows}
+    return [found.get(one) for one in wanted]
 
 
 def _delete(session: Session, owner: str) -> None:

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from broker.app import Parts
 from broker.background_refresh import BackgroundRefresh
-from broker.connections import Import
 from broker.database import now
+from broker.imports import Import
 from broker.integrations import Draft
 from broker.policy import Principal
 from broker.refresh import FAILURES_BEFORE_REST, MOST_BACKOFF_SECONDS, Lane, after_refresh

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from broker.connections import LARGEST_METADATA, SHAPES, check_import, checked_size
+from broker.connections import LARGEST_METADATA, checked_size
 from broker.errors import InvalidRequest
+from broker.imports import SHAPES, check_import
 
 TYPES = ("oauth2", "api_key", "basic")
 

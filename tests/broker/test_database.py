@@ -22,7 +22,17 @@ from sqlalchemy.exc import IntegrityError, NoResultFound
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlmodel import Session, select
 
-from broker.database import Database, GroupWriter, PostgresDatabase, SqliteDatabase, now, open_database, opened
+from broker.database import (
+    Database,
+    GroupReader,
+    GroupWriter,
+    PostgresDatabase,
+    SqliteDatabase,
+    clock,
+    now,
+    open_database,
+    opened,
+)
 from broker.errors import BrokerError, DatabaseUnavailable, InternalError, NotFound
 from broker.models import Caller, KeyCheck, SealedSecret
 
@@ -230,6 +240,32 @@ async def test_a_long_queue_before_a_lock_fails_in_the_time_of_a_few_waits(datab
         assert time.monotonic() - started < 3
     assert {type(outcome) for outcome in outcomes} == {DatabaseUnavailable}
     assert await database.transaction(_put("after")) == 1
+    await database.aclose()
+
+
+async def test_a_long_queue_that_moves_is_served_to_its_end(database_url: str) -> None:
+    database = _impatient(database_url, **({} if database_url.startswith("sqlite") else {"pool_size": 1}))
+
+    def slowly(session: Session) -> None:
+        time.sleep(0.05)
+
+    started = time.monotonic()
+    await asyncio.gather(*(database.transaction(slowly) for _ in range(20)))
+    assert time.monotonic() - started > 2 * 0.3, "longer than any of them would wait for a lock"
+    await database.aclose()
+
+
+async def test_who_leaves_the_queue_takes_nobodys_turn(empty_postgres_url: str) -> None:
+    database = PostgresDatabase(empty_postgres_url, pool_size=1)
+    pause = sa.text("SELECT pg_sleep(0.2)")
+    first = asyncio.create_task(database.read(lambda session: session.execute(pause).one()))
+    await asyncio.sleep(0.05)
+    leaves, stays = (asyncio.create_task(database.read(now)) for _ in range(2))
+    await asyncio.sleep(0)
+    leaves.cancel()
+    await asyncio.gather(first, stays)
+    assert leaves.cancelled()
+    assert await database.read(now) > 0
     await database.aclose()
 
 
@@ -769,3 +805,85 @@ def test_exactly_the_bad_items_fail_and_the_others_are_written_once_and_in_order
         outcomes = runner.run(run())
     assert [isinstance(outcome, KeyError) for outcome in outcomes] == bad
     assert database.rows == [item for item, is_bad in enumerate(bad) if not is_bad]
+
+
+async def test_nobody_waits_for_a_group_longer_than_the_patience(database_url: str) -> None:
+    database = open_database(database_url)
+    writer = GroupWriter(database, _counting([]), patience_seconds=0.2)
+    async with _write_lock(database_url):
+        started = time.monotonic()
+        first = asyncio.create_task(writer.submit("first"))
+        await asyncio.sleep(0.1)
+        outcomes = await asyncio.gather(first, writer.submit("second"), return_exceptions=True)
+        assert 0.2 <= time.monotonic() - started < 2
+    assert {type(outcome) for outcome in outcomes} == {TimeoutError}
+    await writer.aclose()
+    assert await database.read(_names) == ["first", "second"], "an item is not taken back"
+    await database.aclose()
+
+
+# --- the group reader -----------------------------------------------------------------------------------------------------
+
+
+def _finding(groups: list[int]) -> Callable[[sa.Connection, Sequence[str]], list[bool]]:
+    """Say of each name whether there is such a row; note how large each attempted group was."""
+
+    def find(connection: sa.Connection, names: Sequence[str]) -> list[bool]:
+        groups.append(len(names))
+        if "bad" in names:
+            raise ValueError("bad")
+        found = set(_names_of(connection))
+        return [name in found for name in names]
+
+    return find
+
+
+def _names_of(connection: sa.Connection) -> list[str]:
+    return list(connection.execute(sa.text("SELECT key_id FROM key_checks")).scalars())
+
+
+async def test_what_is_asked_for_at_once_is_one_query(database: Database) -> None:
+    await database.transaction(_put("a", "b"))
+    groups: list[int] = []
+    reader = GroupReader(database, _finding(groups))
+    assert await asyncio.gather(*(reader.submit(name) for name in "abcab")) == [True, True, False, True, True]
+    assert groups == [5]
+
+
+async def test_a_group_read_sees_what_was_committed_before_it_was_asked_for(database: Database) -> None:
+    reader = GroupReader(database, _finding([]))
+    for number in range(30):
+        others = [asyncio.create_task(reader.submit(f"other-{number}")) for _ in range(number % 4)]
+        await asyncio.sleep(0 if number % 2 else 0.001)
+        await database.transaction(_put(f"{number}"))
+        assert await reader.submit(f"{number}"), "although a group may have been under way"
+        await asyncio.gather(*others)
+
+
+async def test_one_bad_key_fails_alone(database: Database) -> None:
+    await database.transaction(_put("a", "b"))
+    reader = GroupReader(database, _finding([]))
+    outcomes = await asyncio.gather(*(reader.submit(key) for key in ("a", "bad", "b", "c")), return_exceptions=True)
+    assert [str(outcome) for outcome in outcomes] == ["True", "bad", "True", "False"]
+
+
+async def test_a_group_reader_cannot_write_and_says_when_the_database_is_closed(database_url: str) -> None:
+    database = open_database(database_url)
+
+    def write(connection: sa.Connection, items: Sequence[str]) -> list[str]:
+        connection.execute(sa.text("DELETE FROM audit_head"))
+        return list(items)
+
+    with pytest.raises(BrokerError):
+        await GroupReader(database, write).submit("a")
+    await database.aclose()
+    with pytest.raises(DatabaseUnavailable):
+        await GroupReader(database, _finding([])).submit("a")
+
+
+async def test_the_clock_comes_along_with_the_rows(database: Database) -> None:
+    def read(connection: sa.Connection) -> float:
+        return float(connection.execute(sa.select(clock(connection))).scalar_one())
+
+    before = await database.read(now)
+    assert before <= await database.query(read) <= await database.read(now)

@@ -83,7 +83,7 @@ def test_oidc_needs_an_issuer_or_its_urls() -> None:
         ("timeout_seconds", 0.9),
         ("timeout_seconds", 61),
         ("client_auth", "client_secret_jwt"),
-        ("client_auth", "private_key_jwt"),
+        ("variables", {"shop": "acme"}),
         ("hosts", ["https://x.test"]),
         ("authorize_params", {"a": 5}),
         ("retry", {"max_attempts": 0}),
@@ -230,7 +230,8 @@ def test_the_pinned_origins_are_every_place_a_credential_may_go_to() -> None:
 
 
 def test_every_field_that_moves_a_credential_counts_as_an_endpoint() -> None:
-    moving = {name for name in IntegrationConfig.model_fields if name.endswith("_url") or name in {"hosts", "issuer"}}
+    others = {"hosts", "issuer", "variables"}
+    moving = {name for name in IntegrationConfig.model_fields if name.endswith("_url") or name in others}
     assert moving == set(ENDPOINT_FIELDS)
 
 

@@ -12,7 +12,7 @@ import sys
 import uuid
 import warnings
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from prometheus_client import REGISTRY, CollectorRegistry
 from broker.database import opened
 from broker.errors import DatabaseUnavailable, NotFound
 from broker.settings import Secret, Settings, load_settings
-from broker.telemetry import HIDDEN, LONGEST_TEXT, configure_logging, masked, new_metrics, render, shown
+from broker.telemetry import HIDDEN, LONGEST_TEXT, access_line, configure_logging, masked, new_metrics, render, shown
 from providers.spec import ProviderAnswerError
 from providers.spec import Secret as ProviderSecret
 
@@ -407,6 +407,48 @@ def test_a_line_has_time_level_and_the_requests_context(lines: Callable[[], list
     assert (foreign["event"], foreign["logger"], foreign["request_id"]) == ("hello", "somebody", "req_1")
 
 
+async def test_an_access_line_is_what_the_processors_would_have_made(lines: Callable[[], list[dict[str, Any]]]) -> None:
+    fields = {"method": "POST", "route": "/v1/connections/{connection_id}/token", "status": 200, "ms": 1.2}
+    structlog.get_logger().info("http", **fields, request_id="req_1234567")
+    access_line("POST", "/v1/connections/{connection_id}/token", 200, 0.00123, "req_1234567")
+    access_line("BREW", "/v1/connections/{connection_id}/token", 200, 0.00123, "req_1234567")  # goes by the processors
+    await asyncio.sleep(0)
+    expected = {**fields, "event": "http", "level": "info", "request_id": "req_1234567"}
+    found = {(line["method"], index): line for index, line in enumerate(lines())}
+    assert sorted(method for method, _ in found) == ["BREW", "POST", "POST"]
+    for (method, _), line in found.items():
+        assert datetime.fromisoformat(line.pop("at")).utcoffset() == timedelta(0)
+        assert line == {**expected, "method": method}
+
+
+@pytest.mark.parametrize("request_id", ["req_0123456789abcdef0123456789", f"brk_abc_{CANARY}", f"gho_{CANARY}{CANARY}"])
+async def test_a_request_id_that_is_a_credential_does_not_pass(output: io.StringIO, request_id: str) -> None:
+    access_line("GET", "/v1/providers", 200, 0.1, request_id)
+    await asyncio.sleep(0)
+    assert "http" in output.getvalue()
+    assert not _shows(output)
+
+
+async def test_access_lines_of_one_round_are_written_at_its_end_and_in_order(
+    lines: Callable[[], list[dict[str, Any]]],
+) -> None:
+    for number in range(3):
+        access_line("GET", "/v1/providers", 200 + number, 0.1, "req_1234567")
+    assert lines() == []
+    structlog.get_logger().info("between")
+    access_line("GET", "/v1/providers", 299, 0.1, "req_1234567")
+    assert [line.get("status") for line in lines()] == [200, 201, 202, None]
+    await asyncio.sleep(0)
+    assert lines()[-1]["status"] == 299
+
+
+async def test_a_quiet_command_writes_no_access_line(capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logging(PRODUCTION, quiet=True)
+    access_line("GET", "/v1/providers", 200, 0.1, "req_1234567")
+    await asyncio.sleep(0)
+    assert capsys.readouterr().err == ""
+
+
 def test_development_is_read_by_people() -> None:
     stream = io.StringIO()
     configure_logging(DEVELOPMENT, stream=stream)
@@ -431,9 +473,9 @@ async def test_a_migration_is_logged_and_a_look_at_the_schema_is_not(empty_sqlit
     configure_logging(PRODUCTION, stream=stream)
     async with opened(empty_sqlite_url) as database:
         await database.schema_revision()
-    assert [json.loads(line)["event"].split(" ")[:2] for line in stream.getvalue().splitlines()] == [
-        ["Running", "upgrade"]
-    ]
+    told = [json.loads(line)["event"].split(" ")[:2] for line in stream.getvalue().splitlines()]
+    assert told
+    assert all(words == ["Running", "upgrade"] for words in told)
 
 
 # --- metrics --------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
-"""A process that refreshes is killed by SIGKILL at chosen and at random moments: the newest token, or a named reason.
+"""A process that refreshes is killed by SIGKILL at chosen moments: the newest token, or a named reason.
 
-The normal run takes some seconds. ``TEST_LONG=1`` makes the campaign 300 rounds long.
+Random moments, hundreds of them, are in ``test_kill_campaign.py``.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import random
 import signal
 import sqlite3
 import sys
@@ -21,20 +20,15 @@ import pytest
 import sqlalchemy as sa
 import structlog
 
-from broker.app import open_parts
-from broker.credentials import secret_owner, sha256_hex
+from broker.app import new_worker, open_parts
 from broker.demo.sandbox import Fault, SandboxOptions
 from broker.errors import BrokerError
 from broker.models import RefreshLease
-from broker.worker import Worker
 from providers.spec import Refresh
 from tests.flows.rig import Rig, eventually, open_rig, settings_for
 from tests.flows.time_passes import behaves, fresh, left_over, row_of, set_row, wait_is_over
 
 ROOT = Path(__file__).resolve().parents[2]
-ROUNDS = 300 if os.environ.get("TEST_LONG") == "1" else 5
-CONNECTIONS = 8
-SEED = 20_261
 TRIES = 4
 
 
@@ -85,7 +79,7 @@ async def restarted(rig: Rig) -> None:
     """Do what the worker of a fresh process does first."""
     await later(rig)
     async with open_parts(rig.parts.settings) as parts:
-        await Worker(parts.database, parts.credentials, parts.confirmations, parts.audit).finish_cut_off()
+        await new_worker(parts).finish_cut_off()
 
 
 async def imported(rig: Rig, login: str) -> str:
@@ -208,49 +202,6 @@ def catch(path: str, condition: str, process: asyncio.subprocess.Process) -> boo
             if caught:
                 return True
     return False
-
-
-# --- random moments ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.timeout(3600)
-@pytest.mark.parametrize(("mode", "url"), [("strict", "sqlite_url"), ("grace", "postgres_url")])
-async def test_killed_at_random_moments_under_load(
-    tmp_path: Path, mode: str, url: str, request: pytest.FixtureRequest
-) -> None:
-    """Join the sandbox's log and ours by the refresh tokens' digests: what is lost was lost between send and journal."""
-    chance = random.Random(f"{SEED} {mode}")  # noqa: S311 - repeatable, not secret
-    options = SandboxOptions(mode=mode, access_token_seconds=0, grace_seconds=3600, latency_seconds=0.02)  # type: ignore[arg-type]
-    async with open_rig(tmp_path, options=options, database_url=request.getfixturevalue(url)) as rig:
-        behaves(rig.parts, Refresh(grace_seconds=3600 if mode == "grace" else 0))
-        ids = [await imported(rig, f"user{number}") for number in range(CONNECTIONS)]
-        for _ in range(ROUNDS):
-            async with refreshing(rig, ids):
-                await asyncio.sleep(chance.uniform(0.02, 0.5))
-            await later(rig)
-            for connection_id in ids:
-                await wait_is_over(rig.parts.database, connection_id)
-        await restarted(rig)
-        rig.sandbox.state.configure(access_token_seconds=3600)
-        spent = {connection_id for connection_id in ids if await is_spent(rig, connection_id)}
-        alive = {connection_id for connection_id in ids if await is_alive(rig, connection_id)}
-        lost = set(ids) - alive
-        assert rig.sandbox.state.counters.concurrent_senders == 0
-        assert rig.sandbox.state.counters.refreshes > ROUNDS
-        if mode == "grace":
-            assert not lost
-            assert rig.sandbox.state.counters.reuse_alarms == 0
-        assert lost == (spent if mode == "strict" else set())
-        for connection_id in lost:
-            row = await row_of(rig.parts.database, connection_id)
-            assert (row.status, row.status_reason) == ("reauthorization_required", "refresh_outcome_unknown")
-
-
-async def is_spent(rig: Rig, connection_id: str) -> bool:
-    """Whether the provider rotated the refresh token that we hold: its answer reached no journal."""
-    row = await row_of(rig.parts.database, connection_id)
-    _, value = await rig.parts.vault.get(secret_owner(connection_id), row.secret_version)
-    return rig.sandbox.state.refresh_tokens[sha256_hex(value["refresh_token"])].used_at is not None
 
 
 if __name__ == "__main__":

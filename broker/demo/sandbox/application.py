@@ -108,6 +108,8 @@ class Sandbox:
         if channel.gone or (before and not await inflict(before, channel)):
             visit.answered = before is not None and before.kind == "answer" and not channel.gone
             visit.outcome = "refused" if visit.answered else "dropped"
+            if before is not None and visit.answered:
+                visit.error, visit.status = before.error, before.status
             return
         answer = route.handle(self, request)
         settle(visit, answer)
@@ -118,7 +120,7 @@ class Sandbox:
             await channel.cut(answer)
             return
         await channel.answer(answer)
-        visit.answered = True
+        visit.answered, visit.status = True, answer.status
 
     def _date_header(self) -> str:
         second = int(self.state.clock() + self.state.options.date_skew_seconds)

@@ -54,7 +54,8 @@ class Fault(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     ``seconds`` first (a caller that hangs up meanwhile ends it). ``drop`` closes the connection without a byte
     (``reset``: by RST). ``cut`` sends the true answer's headers and half of its body. ``id_token`` changes ``claims`` (null
     removes one) or breaks the signature. ``callback`` changes ``parameters`` of the redirect (null removes one).
-    ``account`` and ``grant_type`` narrow it. Of several faults the oldest that fits is used.
+    ``account`` and ``grant_type`` narrow it; ``share`` lets it befall only that part of what fits, by chance. Of several faults
+    the oldest that fits is used.
     """
 
     kind: Literal["answer", "stall", "drop", "cut", "id_token", "callback"]
@@ -62,6 +63,7 @@ class Fault(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     times: int | None = 1
     account: str | None = None
     grant_type: str | None = None
+    share: float = 1.0
     commit: bool = False
     seconds: float = 0
     status: int = 500
@@ -71,6 +73,12 @@ class Fault(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     claims: dict[str, Any] = {}
     bad_signature: bool = False
     parameters: dict[str, str | None] = {}
+
+    @property
+    def error(self) -> str | None:
+        """The OAuth error code of the answer that this fault sends, if it sends one."""
+        found = self.body.get("error") if self.kind == "answer" and isinstance(self.body, dict) else None
+        return found if isinstance(found, str) else None
 
 
 FAULTS: Mapping[str, Fault] = {
@@ -100,8 +108,8 @@ class Visit(msgspec.Struct, kw_only=True):
 
     ``outcome``: ``pending`` while it is worked on, ``shown`` for a consent page, ``committed`` when it took effect,
     ``refused`` when it was answered by an error, ``dropped`` when it was ended without effect. ``answered``: whether the
-    answer that belongs to the outcome was written to the caller's connection. ``replayed``: a grace period's repeated
-    answer. ``presented`` is the SHA-256 of the code, refresh token or other token that was sent in.
+    answer that belongs to the outcome was written to the caller's connection, with ``status``. ``replayed``: a grace period's
+    repeated answer. ``presented`` is the SHA-256 of the code, refresh token or other token that was sent in.
     """
 
     number: int
@@ -113,6 +121,7 @@ class Visit(msgspec.Struct, kw_only=True):
     presented: str | None = None
     outcome: Literal["pending", "shown", "committed", "refused", "dropped"] = "pending"
     error: str | None = None
+    status: int | None = None
     answered: bool = False
     replayed: bool = False
     fault: str | None = None

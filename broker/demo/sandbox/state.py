@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import ipaddress
+import random
 import re
 import secrets
 import time
@@ -206,6 +207,7 @@ class SandboxState:
         self.refresh_tokens: dict[str, RefreshToken] = {}
         self.grants: defaultdict[str, list[Grant]] = defaultdict(list)  # by login
         self.api_calls: Counter[str] = Counter()
+        self.chance = random.Random()  # noqa: S311 - of faults; a test puts a seeded one here
         self._keys: list[RSAKey] = [signing_key] if signing_key else []
         self._consented: set[tuple[str, str]] = set()
         self._visits_seen = 0
@@ -257,7 +259,7 @@ class SandboxState:
         """Return the oldest fault that fits and use it up once."""
         for place, found in enumerate(self.faults):
             fits = found.endpoint == endpoint and found.account in {None, account}
-            if fits and found.grant_type in {None, grant_type}:
+            if fits and found.grant_type in {None, grant_type} and self.chance.random() < found.share:
                 if found.times is not None and found.times <= 1:
                     del self.faults[place]
                 elif found.times is not None:

@@ -49,6 +49,7 @@ ONE = Behaviour(
     authorize_needs={"audience": "api.atlassian.com", "prompt": "consent"},
     code_answer=TOKENS,
     refresh_answer=TOKENS,
+    refresh_expires_in_seconds=365 * 86_400,
     asked_scopes=("read:me", "read:jira-work", "offline_access"),
     dead=Answer(403, {"error": "invalid_grant", "error_description": "Unknown or invalid refresh token."}),
     variables={"cloud_id": "1324a887-45db-1bf4-1e99-ef0ff456d421"},

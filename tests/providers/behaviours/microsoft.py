@@ -50,6 +50,7 @@ COMMON = Behaviour(
     client_auth="client_secret_post",
     code_answer=TOKENS,
     refresh_answer=TOKENS,
+    refresh_expires_in_seconds=90 * 86_400,
     rotates=False,
     asked_scopes=("User.Read", "Mail.Read", "offline_access"),
     scopes=("User.Read", "Mail.Read", "profile", "openid", "email", "offline_access"),

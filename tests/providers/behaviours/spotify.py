@@ -25,6 +25,7 @@ KEPT = Behaviour(
     missing_scopes=("playlist-read-private",),
     code_answer={**TOKENS, "refresh_token": "NgAagA{refresh}"},
     refresh_answer=TOKENS,
+    refresh_expires_in_seconds=180 * 86_400,
     rotates=False,
     # https://github.com/novatorem/novatorem/issues/81 and /42
     dead=Answer(400, {"error": "invalid_grant", "error_description": "Refresh token revoked"}),

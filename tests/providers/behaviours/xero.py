@@ -50,6 +50,7 @@ ONE = Behaviour(
     client_auth="client_secret_basic",
     code_answer=TOKENS,
     refresh_answer=TOKENS,
+    refresh_expires_in_seconds=60 * 86_400,
     asked_scopes=("openid", "profile", "email", "offline_access", "accounting.settings.read"),
     # https://community.xero.com/developer/discussion/105714701
     dead=Answer(400, {"error": "invalid_grant"}),

@@ -36,6 +36,7 @@ TODAY = Behaviour(
     client_auth="client_secret_basic",
     code_answer=TOKENS,
     refresh_answer=TOKENS,
+    refresh_expires_in_seconds=90 * 86_400,
     scopes=("user:read:user", "meeting:read:meeting"),
     dead=Answer(400, {"reason": "Invalid Token!", "error": "invalid_grant"}),
     refused_client=Answer(400, {"reason": "Invalid client_id or client_secret", "error": "invalid_client"}),

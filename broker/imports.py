@@ -1,0 +1,252 @@
+"""Checks a credential that exists already, of whatever type, before it becomes a connection; no I/O, so all of it is pure."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from broker.egress import origin_of
+from broker.errors import Conflict, FieldError, InvalidRequest
+from broker.integrations import Configured
+from broker.integrations.config import fits, is_scope, own_variables, variables_in
+from broker.models import epoch_of
+from broker.token_endpoint import Client
+from providers.spec import Account, Credential, Minter, Minting, Provider, Secret
+
+LARGEST_MATERIAL = 65_536
+
+
+@dataclass(frozen=True, slots=True)
+class Import:
+    """A credential that exists already. ``credentials`` is checked by its ``type``."""
+
+    integration: str
+    subject: str
+    credentials: Mapping[str, Any] = field(repr=False)
+    account: Mapping[str, Any] | None = None
+    tags: Mapping[str, str] = field(default_factory=dict)
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    variables: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Imported:
+    """A checked import: what goes to the vault and what goes to the row. ``scopes`` None: none were named.
+
+    ``minting``: how tokens come of it, where it is none itself. ``account``: whose it is, by the credential's own word.
+    """
+
+    value: Mapping[str, Any] = field(repr=False)
+    token_expires_at: float | None = None
+    scopes: tuple[str, ...] | None = None
+    minting: Minting | None = None
+    account: Account | None = None
+
+    @property
+    def renewable(self) -> bool:
+        """Whether tokens can be had without the user."""
+        return self.minting is not None or "refresh_token" in self.value
+
+
+def check_import(
+    credentials: Mapping[str, Any], types: Sequence[str], minting: Mapping[str, Minting] | None = None
+) -> Imported:
+    """Check an imported credential by its ``type`` (InvalidRequest names the field; values are never quoted)."""
+    kind, minted = credentials.get("type"), minting or {}
+    if not isinstance(kind, str) or kind not in types or kind not in SHAPES.keys() | minted.keys():
+        raise InvalidRequest(errors=[FieldError("/credentials/type", f"must be one of {', '.join(types) or 'none'}")])
+    given = {name: value for name, value in credentials.items() if name != "type" and value is not None}
+    if kind in minted:
+        return _minted(kind, given, minted[kind])
+    needed, optional = SHAPES[kind]
+    problems = _name_problems(given, needed, optional)
+    for name in sorted(given.keys() & (needed | optional)):
+        if (problem := _CHECKS[name](given[name])) is not None:
+            problems.append(FieldError(f"/credentials/{name}", problem))
+    if problems:
+        raise InvalidRequest(errors=problems)
+    kept = {name: given[name] for name in sorted(given.keys() - {"expires_at", "scopes"})}
+    expires_at = epoch_of(given["expires_at"]) if "expires_at" in given else None
+    return Imported({"type": kind, **kept}, expires_at, tuple(given.get("scopes", ())))
+
+
+def _minted(kind: str, given: Mapping[str, Any], minting: Minting) -> Imported:
+    """Return what mints: the fields of the provider's file, read by it."""
+    needed = frozenset(name for name, required in minting.fields.items() if required)
+    problems = _name_problems(given, needed, frozenset(minting.fields) - needed | {"scopes"})
+    if len(json.dumps(given)) > LARGEST_MATERIAL:
+        problems.append(FieldError("/credentials", f"must be at most {LARGEST_MATERIAL} characters of JSON"))
+    scopes = given.get("scopes")
+    if scopes is not None and (problem := _scopes_problem(scopes)) is not None:
+        problems.append(FieldError("/credentials/scopes", problem))
+    fields = {name: value for name, value in given.items() if name in minting.fields}
+    if minting.read is None:
+        problems += [
+            FieldError(f"/credentials/{name}", "must be 1 to 1,024 printable characters")
+            for name, value in sorted(fields.items())
+            if _password_problem(value) is not None
+        ]
+    if problems:
+        raise InvalidRequest(errors=problems)
+    material = _read(minting, fields)
+    value: dict[str, Any] = {"type": kind, "material": material}
+    value.update({"scopes": list(scopes)} if scopes is not None else {})
+    account = minting.account(material) if minting.account is not None else None
+    return Imported(value, None, None if scopes is None else tuple(scopes), minting, account)
+
+
+def _name_problems(given: Mapping[str, Any], needed: frozenset[str], optional: frozenset[str]) -> list[FieldError]:
+    problems = [FieldError("/credentials", "has a field that is not known")] if given.keys() - needed - optional else []
+    return problems + [FieldError(f"/credentials/{name}", "is required") for name in sorted(needed - given.keys())]
+
+
+def _read(minting: Minting, fields: Mapping[str, Any]) -> dict[str, str]:
+    if minting.read is None:
+        return dict(fields)
+    try:
+        return dict(minting.read(fields))
+    except ValueError as error:
+        raise InvalidRequest(errors=[FieldError("/credentials", _told(error))]) from None
+    except (TypeError, KeyError, AttributeError, RecursionError):
+        raise InvalidRequest(errors=[FieldError("/credentials", "is not of the right form")]) from None
+
+
+def _told(error: ValueError) -> str:
+    """Return the provider's file's own words; those of Python (a decoder's, say) may quote what was given."""
+    return str(error) if type(error) is ValueError else "is not of the right form"
+
+
+def check_variables(provider: Provider, given: Mapping[str, str]) -> None:
+    """Raise InvalidRequest for variables that are unknown or do not fit: they become part of a host."""
+    declared = {variable.name: variable for variable in provider.variables}
+    problems = []
+    if given.keys() - declared.keys():  # a name that we do not know is not echoed
+        problems.append(FieldError("/variables", "names one that is not used here"))
+    problems += [
+        FieldError(f"/variables/{name}", f"must look like {declared[name].example}")
+        for name in sorted(given.keys() & declared.keys())
+        if not fits(declared[name], given[name])
+    ]
+    if problems:
+        raise InvalidRequest(errors=problems)
+
+
+def require_variables(configured: Configured, imported: Imported) -> None:
+    """Raise InvalidRequest for variables that nobody has given: no flow will learn them here.
+
+    One that a flow would learn is needed only where tokens are to be asked for at an address that has it.
+    """
+    needed = {variable.name for variable in configured.provider.variables if not variable.learned}
+    if imported.renewable:
+        needed |= variables_in(configured.templates.urls["token_url"])
+    missing = sorted(needed - configured.variables.keys())
+    if missing:
+        raise InvalidRequest(errors=[FieldError(f"/variables/{name}", "is required") for name in missing])
+
+
+def scopes_of(configured: Configured, imported: Imported) -> list[str]:
+    """Return the scopes that the connection has (InvalidRequest: the integration's client may not ask for one of them)."""
+    if imported.scopes is None:
+        return list(configured.row.scopes)
+    minting = imported.minting
+    if minting is not None and minting.uses_client and not set(imported.scopes) <= set(configured.row.scopes):
+        detail = "must lie within the scopes of the integration, whose client asks for them"
+        raise InvalidRequest(errors=[FieldError("/credentials/scopes", detail)])
+    return list(imported.scopes)
+
+
+def require_mintable(
+    configured: Configured, client: Client, imported: Imported, scopes: Sequence[str], at: float
+) -> None:
+    """Build the first request for a token, which is not sent: raise what stands against it.
+
+    Conflict where the integration lacks the client that takes part; InvalidRequest, in the provider's file's own words, for
+    what cannot mint.
+    """
+    minting = imported.minting
+    if minting is None:
+        return
+    if minting.uses_client and not (client.client_id and (client.secrets or client.auth == "none")):
+        raise Conflict("this type is minted with the integration's client id and secret; give it both first")
+    material = {name: Secret(text) for name, text in imported.value["material"].items()}
+    for secret in client.secrets if minting.uses_client and client.secrets else (None,):
+        credential = _credential(configured, client, secret, at)
+        try:
+            request = minting.request(Minter(material, credential, tuple(scopes), at, "import"))
+        except ValueError as error:
+            raise InvalidRequest(errors=[FieldError("/credentials", _told(error))]) from None
+        except KeyError:
+            raise InvalidRequest(errors=[FieldError("/credentials", "lacks something that a token needs")]) from None
+        if origin_of(request.url) not in set(configured.endpoints.origins.values()):
+            raise Conflict("a token of this type is asked for at an address that the integration does not have")
+
+
+def _credential(configured: Configured, client: Client, secret: Secret | None, at: float) -> Credential:
+    return Credential(
+        client_id=client.client_id,
+        client_secret=secret,
+        access_token=None,
+        refresh_token=None,
+        urls=configured.endpoints.urls,
+        hosts=configured.endpoints.hosts,
+        client_auth=configured.endpoints.client_auth,
+        variables=configured.variables,
+        at=at,
+    )
+
+
+def known_of(wanted: Import, imported: Imported, provider: Provider) -> dict[str, str]:
+    """Return the variables that the connection has: what its credential says, and above that what the import says."""
+    said = imported.account.variables if imported.account is not None else {}
+    return {**own_variables(provider, said), **wanted.variables}
+
+
+def account_fields(account: Mapping[str, Any] | None, own: Account | None = None) -> dict[str, Any]:
+    """Return whose account it is, as columns: as the import says, else by the credential's own word."""
+    if account is None and own is not None:
+        return {"account_id": own.id, "account_name": own.name, "account_email": own.email}
+    given = account or {}
+    return {f"account_{name}": given.get(name) for name in ("id", "name", "email")}
+
+
+def _token_problem(value: object) -> str | None:
+    good = isinstance(value, str) and re.fullmatch(r"[\x21-\x7e]{1,16384}", value) is not None
+    return None if good else "must be 1 to 16,384 visible ASCII characters"
+
+
+def _password_problem(value: object) -> str | None:
+    good = isinstance(value, str) and 1 <= len(value) <= 1024 and value.isprintable()
+    return None if good else "must be 1 to 1,024 printable characters"
+
+
+def _username_problem(value: object) -> str | None:
+    if isinstance(value, str) and ":" in value:
+        return "must not hold a colon (RFC 7617)"
+    return _password_problem(value)
+
+
+def _expiry_problem(value: object) -> str | None:
+    good = isinstance(value, str) and epoch_of(value) is not None
+    return None if good else "must be an RFC 3339 time"
+
+
+def _scopes_problem(value: object) -> str | None:
+    good = isinstance(value, list) and len(value) <= 200 and all(map(is_scope, value))
+    return None if good else "must be a list of scopes (RFC 6749 3.3)"
+
+
+SHAPES: Mapping[str, tuple[frozenset[str], frozenset[str]]] = {
+    "api_key": (frozenset({"api_key"}), frozenset()),
+    "basic": (frozenset({"username", "password"}), frozenset()),
+    "oauth2": (frozenset({"access_token"}), frozenset({"refresh_token", "expires_at", "scopes"})),
+}
+_CHECKS: Mapping[str, Callable[[object], str | None]] = {
+    **dict.fromkeys(("api_key", "access_token", "refresh_token"), _token_problem),
+    "username": _username_problem,
+    "password": _password_problem,
+    "expires_at": _expiry_problem,
+    "scopes": _scopes_problem,
+}

@@ -1,0 +1,49 @@
+"""Imports the broker once and forks a `broker serve` for each line on standard input, a port and a log: ready in a moment.
+
+Writes the process's id for each. The forked process runs the command's own code; it ends by signals only.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import random
+import signal
+import sys
+
+import broker.app
+import broker.cli.processes
+
+__all__ = ["broker"]
+
+
+def become_broker(port: str, log: str) -> None:
+    """Run the command in this process, which was just forked."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    with open(log, "ab") as file, open(os.devnull, "rb") as nothing:  # noqa: PTH123 - descriptors are what is needed
+        os.dup2(nothing.fileno(), 0)
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    random.seed()  # else every process would draw the same
+    sys.argv = ["broker", "serve", "--port", port]
+    from broker.cli import main  # noqa: PLC0415 - only in the forked process
+
+    main()
+
+
+def keep_forking() -> None:
+    """Serve until standard input ends."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the dead are gone at once
+    gc.freeze()
+    for line in sys.stdin:
+        port, log = line.split()
+        process_id = os.fork()
+        if process_id == 0:
+            become_broker(port, log)
+            os._exit(1)
+        sys.stdout.write(f"{process_id}\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    keep_forking()

@@ -1,0 +1,228 @@
+"""Imports of every type of credential: what mints is checked by the provider's file, and used at the first hand-out."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from tests.flows.api_calls import check_problem
+from tests.flows.made_up import NAME, SHOP, World, playing
+from tests.flows.rig import Rig
+from tests.flows.shared import audited, subject
+from tests.flows.time_passes import ends_in
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+ROBOT = {"type": "robot", "number": 7, "key": {"secret": "CANARY-robot"}}
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def world(shared: Rig) -> AsyncIterator[World]:
+    """Give the made-up provider anew to each test, with an integration of its own."""
+    async with playing(shared) as made:
+        yield made
+
+
+async def importing(world: World, credentials: dict[str, Any], **fields: Any) -> Any:
+    """Import a credential for the made-up provider's shop."""
+    body = {"integration": world.integration, "subject": subject(), "variables": {"shop": SHOP}, **fields}
+    return await world.rig.call("POST", "/v1/connections", {**body, "credentials": credentials})
+
+
+async def imported(world: World, credentials: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    """Return the connection that came of an import."""
+    answer = await importing(world, credentials, **fields)
+    assert answer.status_code == 201, answer.text
+    return dict(answer.json())
+
+
+async def fresh(world: World, connection: dict[str, Any], **body: Any) -> dict[str, Any]:
+    """Return what a hand-out answers."""
+    answer = await world.rig.token(connection["id"], **body)
+    assert answer.status_code == 200, answer.text
+    return dict(answer.json())
+
+
+# Minting
+
+
+async def test_client_credentials_are_minted_at_the_first_hand_out_once_however_many_ask(world: World) -> None:
+    connection = await imported(world, {"type": "client_credentials"})
+    assert (connection["status"], connection["scopes"]) == ("active", ["read", "write"])
+    assert world.fake.seen == []
+    handed = await asyncio.gather(*(fresh(world, connection) for _ in range(5)))
+    assert len({one["access_token"] for one in handed}) == 1
+    (asked,) = world.calls("/token")
+    assert asked.path == f"/eu/{SHOP}/token"
+    assert asked.form["grant_type"] == "client_credentials"
+    assert (asked.form["scope"], asked.form["client_secret"]) == ("read write", world.secret)
+    assert handed[0]["expires_at"] is not None
+    await ends_in(world.rig.parts.database, connection["id"], -1)
+    assert (await fresh(world, connection))["access_token"] != handed[0]["access_token"]
+    assert (await world.row(connection["id"])).refreshable
+
+
+async def test_fields_and_scopes_of_an_import_go_into_each_request(world: World) -> None:
+    wanted = {"type": "client_credentials", "audience": "https://api.test", "scopes": ["read"]}
+    connection = await imported(world, wanted)
+    await fresh(world, connection)
+    assert (world.calls("/token")[0].form["audience"], world.calls("/token")[0].form["scope"]) == (
+        "https://api.test",
+        "read",
+    )
+    assert connection["scopes"] == ["read"]
+    none = await imported(world, {"type": "client_credentials", "scopes": []})
+    await fresh(world, none)
+    assert "scope" not in world.calls("/token")[1].form
+
+
+async def test_what_the_providers_file_reads_is_kept_and_its_secret_is_nowhere_else(world: World) -> None:
+    connection = await imported(world, {**ROBOT, "scopes": ["anything"]}, account=None)
+    assert connection["account"] == {"id": "robot-7", "name": "A robot", "email": None}
+    row = await world.row(connection["id"])
+    _, value = await world.rig.parts.vault.get(f"connections/{row.id}", row.secret_version)
+    material = {"number": "7", "secret": "CANARY-robot"}
+    assert value == {"type": "robot", "material": material, "scopes": ["anything"]}
+    assert (row.credential_type, row.refreshable, row.scopes) == ("robot", True, ["anything"])
+    assert row.token_expires_at is not None
+    assert "CANARY" not in row.model_dump_json()
+    (record,) = await audited(world.rig, "connection.imported", row.id)
+    assert record.detail == {"type": "robot"}
+    await fresh(world, connection)
+    assert world.calls("/token")[0].form == {"robot": "7", "key": "CANARY-robot"}
+
+
+async def test_the_importer_may_name_the_account_and_the_same_one_is_updated(world: World) -> None:
+    owner = subject()
+    named = await imported(world, ROBOT, subject=owner, account={"id": "mine"})
+    assert named["account"]["id"] == "mine"
+    one = await imported(world, ROBOT, subject=owner)
+    await fresh(world, one)
+    same = await imported(world, {**ROBOT, "key": json.dumps({"secret": "newer"})}, subject=owner)
+    assert (one["id"], one["id"] != named["id"]) == (same["id"], True)
+    await fresh(world, same)
+    assert [call.form["key"] for call in world.calls("/token")] == ["CANARY-robot", "newer"]
+
+
+async def test_what_cannot_be_refreshed_by_the_user_is_not_reconnected(world: World) -> None:
+    connection = await imported(world, ROBOT)
+    answer = await world.rig.call("POST", f"/v1/connections/{connection['id']}/reconnect", {})
+    check_problem(answer, 409, "conflict")
+    gone = await world.rig.call("DELETE", f"/v1/connections/{connection['id']}")
+    assert gone.json()["revocation"] == "unsupported"
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("credentials", "pointers"),
+    [
+        ({"type": "nobody"}, ("/credentials/type",)),
+        ({"type": "client_credentials", "CANARY": "x"}, ("/credentials",)),
+        ({"type": "client_credentials", "audience": {"CANARY": 1}}, ("/credentials/audience",)),
+        ({"type": "client_credentials", "audience": ""}, ("/credentials/audience",)),
+        ({"type": "client_credentials", "scopes": "read"}, ("/credentials/scopes",)),
+        ({"type": "client_credentials", "scopes": ["CANARY"]}, ("/credentials/scopes",)),
+        ({"type": "robot"}, ("/credentials/key", "/credentials/number")),
+        ({**ROBOT, "number": "CANARY"}, ("/credentials",)),
+        ({**ROBOT, "key": "CANARY"}, ("/credentials",)),
+        ({**ROBOT, "key": {"CANARY": 1}}, ("/credentials",)),
+        ({**ROBOT, "key": {"secret": "CANARY" * 20_000}}, ("/credentials",)),
+        ({**ROBOT, "scopes": []}, ("/credentials",)),
+        ({"type": "lost"}, ("/credentials",)),
+    ],
+)
+async def test_a_credential_that_cannot_mint_is_named_and_never_quoted(
+    world: World, credentials: dict[str, Any], pointers: tuple[str, ...]
+) -> None:
+    answer = await importing(world, credentials)
+    check_problem(answer, 400, "invalid_request", *pointers)
+    assert "CANARY" not in answer.text
+    assert world.fake.seen == []
+
+
+async def test_the_providers_file_says_in_its_own_words_what_is_wrong(world: World) -> None:
+    for credentials, words in (
+        ({**ROBOT, "number": "x"}, "the number is missing or malformed"),
+        ({**ROBOT, "scopes": []}, "a robot needs scopes"),
+        ({**ROBOT, "key": "{"}, "is not of the right form"),
+    ):
+        answer = await importing(world, credentials)
+        assert [error["detail"] for error in answer.json()["errors"]] == [words]
+
+
+async def test_what_the_integrations_client_mints_needs_that_client(world: World) -> None:
+    secrets = (await world.rig.call("GET", f"/v1/integrations/{world.integration}/client-secrets")).json()["data"]
+    for one in secrets:
+        await world.rig.call("DELETE", f"/v1/integrations/{world.integration}/client-secrets/{one['id']}")
+    check_problem(await importing(world, {"type": "client_credentials"}), 409, "conflict")
+    assert (await importing(world, ROBOT)).status_code == 201
+
+
+async def test_a_request_that_would_leave_the_integrations_addresses_is_refused_at_once(world: World) -> None:
+    check_problem(await importing(world, {"type": "astray"}), 409, "conflict")
+
+
+# Variables
+
+
+async def test_variables_of_an_import_must_be_known_fit_and_suffice(world: World) -> None:
+    key = {"type": "api_key", "api_key": "k"}
+    answer = await importing(world, key, variables={"CANARY": "x"})
+    check_problem(answer, 400, "invalid_request", "/variables")
+    assert "CANARY" not in answer.text
+    answer = await importing(world, key, variables={"shop": "a.evil.test", "instance": "x"})
+    check_problem(answer, 400, "invalid_request", "/variables/shop", "/variables/instance")
+    answer = await importing(world, {"type": "client_credentials"}, variables={})
+    check_problem(answer, 400, "invalid_request", "/variables/shop")
+    connection = await imported(world, key, variables={})  # what a flow would learn may stay unknown
+    assert (await world.row(connection["id"])).pins == {}
+    assert (await fresh(world, connection))["expires_at"] is None
+
+
+async def test_a_later_import_of_the_same_account_keeps_what_is_known_of_its_addresses(world: World) -> None:
+    owner, account = subject(), {"id": "a-1"}
+    first = await imported(
+        world,
+        {"type": "api_key", "api_key": "k1"},
+        subject=owner,
+        account=account,
+        variables={"instance": world.instance},
+    )
+    later = await imported(
+        world, {"type": "api_key", "api_key": "k2"}, subject=owner, account=account, variables={"site": "s"}
+    )
+    assert (later["id"], later["variables"]) == (first["id"], {"instance": world.instance, "site": "s"})
+    assert (await world.row(first["id"])).pins == dict.fromkeys(("api:", "api:site"), world.fake.base)
+    assert (await fresh(world, later))["access_token"] == "k2"
+
+
+async def test_an_imported_oauth_token_refreshes_at_its_own_shop(world: World) -> None:
+    wanted = {"type": "oauth2", "access_token": "old", "refresh_token": "rt-0", "expires_at": "2020-01-01T00:00:00Z"}
+    connection = await imported(world, wanted)
+    assert (await fresh(world, connection))["access_token"] != "old"
+    (asked,) = world.calls("/token")
+    assert (asked.path, asked.form["refresh_token"]) == (f"/eu/{SHOP}/token", "rt-0")
+    assert (await world.row(connection["id"])).refreshable
+    check_problem(await importing(world, wanted, variables={}), 400, "invalid_request", "/variables/shop")
+    alone = await imported(world, {"type": "oauth2", "access_token": "old"}, variables={})
+    assert not (await world.row(alone["id"])).refreshable
+    check_problem(await world.rig.token(alone["id"], force_refresh=True), 409, "not_refreshable")
+
+
+async def test_config_variables_suffice_for_an_import(world: World) -> None:
+    await world.configure(config={"variables": {"shop": "corner"}})
+    connection = await imported(world, {"type": "client_credentials"}, variables={})
+    assert connection["variables"] == {}
+    await fresh(world, connection)
+    assert world.calls("/token")[0].path == "/eu/corner/token"
+
+
+async def test_the_catalog_names_every_type_that_can_be_imported(world: World) -> None:
+    shown = (await world.rig.call("GET", f"/v1/providers/{NAME}")).json()
+    assert shown["credential_types"] == ["oauth2", "api_key", "client_credentials", "robot", "astray", "lost"]
