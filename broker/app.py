@@ -68,6 +68,7 @@ from broker.oauth.confirm import Confirmations
 from broker.oauth.device import DeviceFlows
 from broker.oauth.flow import Flows, Outcome
 from broker.sessions import Sessions
+from broker.refresh import CONFIRM_SECONDS
 from broker.settings import Settings, SettingsError, load_settings
 from broker.telemetry import Metrics, access_line, configure_logging, new_metrics, render
 from broker.vault import Vault, open_vault
@@ -108,9 +109,10 @@ class Parts:
 
 
 @contextlib.asynccontextmanager
-async def open_parts(settings: Settings) -> AsyncIterator[Parts]:
+async def open_parts(settings: Settings, *, confirm_seconds: float = CONFIRM_SECONDS) -> AsyncIterator[Parts]:
     """Open everything in order, and close it in reverse: refreshes finish, leases go back, the audit is flushed.
 
+    ``confirm_seconds``: see ``Credentials``.
     Raises SettingsError for a wrong setting (a key that is missing or differs too), DatabaseUnavailable.
     """
     keyring = load_keyring(settings)
@@ -127,7 +129,7 @@ async def open_parts(settings: Settings) -> AsyncIterator[Parts]:
         stack.push_async_callback(egress.aclose)
         callers = Callers(database, audit)
         stack.push_async_callback(callers.aclose)
-        parts = _assembled(settings, database, sealer, vault, audit, egress, callers, counters)
+        parts = _assembled(settings, database, sealer, vault, audit, egress, callers, counters, confirm_seconds)
         stack.push_async_callback(parts.credentials.aclose)
         stack.push_async_callback(parts.connections.aclose)
         if settings.admin_key is not None:
@@ -153,9 +155,11 @@ def _assembled(
     egress: Egress,
     callers: Callers,
     metrics: Metrics,
+    confirm_seconds: float,
 ) -> Parts:
     integrations = Integrations(database, vault, egress, audit, load_catalog(), settings)
-    credentials = Credentials(database, vault, sealer, egress, integrations, audit, metrics)
+    of_credentials = (database, vault, sealer, egress, integrations, audit, metrics)
+    credentials = Credentials(*of_credentials, confirm_seconds=confirm_seconds)
     confirmations = Confirmations(database, vault, credentials, audit)
     of_flows = (database, vault, sealer, egress, integrations, confirmations, audit, settings, metrics)
     return Parts(

@@ -59,12 +59,12 @@ def revoke(credential: Credential) -> Dialogue[bool]:
     held = {hint: token.reveal() for hint, token in tokens.items() if token is not None}
     if not url or not held:
         return False
-    try:
-        headers, fields = proof(credential)
-    except ValueError:
-        return False
-    headers = {"Content-Type": "application/x-www-form-urlencoded", "Accept": "application/json", **headers}
     for hint, token in held.items():
+        try:
+            headers, fields = proof(credential)  # anew each time: an assertion is good for one request
+        except ValueError:
+            return False
+        headers = {"Content-Type": "application/x-www-form-urlencoded", "Accept": "application/json", **headers}
         body = urlencode({"token": token, "token_type_hint": hint, **fields}).encode()
         answer = yield Outgoing("POST", url, headers, body)
         ends_with_refresh_token = hint == "access_token" and "refresh_token" in held

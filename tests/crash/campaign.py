@@ -393,13 +393,12 @@ class Campaign:
             return
         last = await self._last_number()
         held = await held_by(self._database, victim.owner)
-        if all(one.attempt_digest is None or one.journalled for one in held):
+        unfinished = {one.connection_id: one.fence for one in held if one.attempt_digest and not one.journalled}
+        if not unfinished:
             victim.signal(signal.SIGCONT)  # nothing is at the provider: there is no late write to wait for
             return
         await self._replace(victim)
-        self._leaving.append(
-            asyncio.create_task(self._thaw(victim, {one.connection_id: one.fence for one in held}, last))
-        )
+        self._leaving.append(asyncio.create_task(self._thaw(victim, unfinished, last)))
 
     async def _frozen(self, victim: Process) -> bool:
         """Stop it where it is in no transaction: one that sleeps in one blocks everybody, which is another test's matter."""

@@ -228,7 +228,7 @@ async def _opened(  # what open_rig was given, on an open stack
     callbacks = (f"{base}/oauth/sandbox/callback", f"{base}/oauth/other/callback")
     options = msgspec.structs.replace(options or SandboxOptions(), redirect_uris=callbacks)
     sandbox = await stack.enter_async_context(serve_sandbox(options))
-    parts = await stack.enter_async_context(open_parts(settings))
+    parts = await stack.enter_async_context(open_parts(settings, confirm_seconds=0.05))
     await stack.enter_async_context(serving(create_app(parts), listener))
     backend = await stack.enter_async_context(httpx2.AsyncClient(base_url=base, trust_env=False, timeout=60))
     rig = Rig(base, parts, sandbox, admin_key, backend)
