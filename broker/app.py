@@ -67,8 +67,8 @@ from broker.limits import AddressLimiter
 from broker.oauth.confirm import Confirmations
 from broker.oauth.device import DeviceFlows
 from broker.oauth.flow import Flows, Outcome
-from broker.sessions import Sessions
 from broker.refresh import CONFIRM_SECONDS
+from broker.sessions import Sessions
 from broker.settings import Settings, SettingsError, load_settings
 from broker.telemetry import Metrics, access_line, configure_logging, new_metrics, render
 from broker.vault import Vault, open_vault

@@ -275,7 +275,7 @@ class PostgresAtOnce:
     def _answer(self, call: Coroutine[Any, Any, T]) -> T:
         if self._told != self._clock.elapsed:
             self._told = self._clock.elapsed
-            tell = sa.text("UPDATE virtual.clock SET at = :at").bindparams(at=self._clock.epoch())
+            tell = sa.text("UPDATE ours.clock SET at = :at").bindparams(at=self._clock.epoch())
             self._wait(self._database.transaction(lambda session: session.execute(tell)))
         return self._wait(call)
 
@@ -287,10 +287,10 @@ class PostgresAtOnce:
 
 
 VIRTUAL_CLOCK = (
-    "CREATE SCHEMA virtual",
-    f"CREATE TABLE virtual.clock AS SELECT {EPOCH}::double precision AS at",
-    "CREATE FUNCTION virtual.clock_timestamp() RETURNS timestamptz LANGUAGE sql AS 'SELECT to_timestamp(at) FROM clock'",
-    "DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET search_path = virtual, public, pg_catalog', current_database()); END $$",
+    "CREATE SCHEMA ours",
+    f"CREATE TABLE ours.clock AS SELECT {EPOCH}::double precision AS at",
+    "CREATE FUNCTION ours.clock_timestamp() RETURNS timestamptz LANGUAGE sql AS 'SELECT to_timestamp(at) FROM ours.clock'",
+    "DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET search_path = ours, public, pg_catalog', current_database()); END $$",
 )
 
 

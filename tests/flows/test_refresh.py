@@ -159,7 +159,7 @@ async def test_a_caller_does_not_wait_for_another_process_for_ever(rig: Rig) -> 
                 pytest.fail("held by two")
 
 
-def another_process(rig: Rig, vault: Vault | None = None, **seconds: float) -> Credentials:
+def another_process(rig: Rig, vault: Vault | None = None, **seconds: Any) -> Credentials:
     parts = rig.parts
     return Credentials(
         parts.database,
