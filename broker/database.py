@@ -15,10 +15,12 @@ import asyncio
 import collections
 import contextlib
 import contextvars
+import json
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar, cast
 
@@ -27,6 +29,7 @@ from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, PendingRollbackError, StatementError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
@@ -76,6 +79,35 @@ def clock(connection: sa.Connection) -> sa.ColumnElement[float]:
 _SERVER_CLOCK: sa.ColumnElement[float] = sa.literal_column(
     "CAST(extract(epoch FROM clock_timestamp()) AS double precision)", sa.Float(53)
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Batched:
+    """A query for many keys at once, as text that was made once: for what every hand-out asks.
+
+    Making it anew, and the library's objects around each value, cost more than the query: 10 µs of 14 for a key of 32.
+    Columns come as the driver gives them.
+    """
+
+    sqlite: str
+    postgresql: str
+
+    def rows(self, connection: sa.Connection, keys: Sequence[str]) -> tuple[Sequence[Sequence[Any]], float]:
+        """Return the rows whose key is one of these, and the database's time (``now`` at this machine without a row)."""
+        if connection.dialect.name == "sqlite":
+            found = connection.exec_driver_sql(self.sqlite, (json.dumps(keys),))
+            at = connection.get_execution_options().get("clock", time.time)()
+            return cast("Any", found.cursor).fetchall(), at
+        rows = cast("Any", connection.exec_driver_sql(self.postgresql, (list(keys),)).cursor).fetchall()
+        return [row[:-1] for row in rows], rows[0][-1] if rows else time.time()
+
+
+def batched(query: sa.Select[*tuple[Any, ...]], key: sa.ColumnElement[str]) -> Batched:
+    """Return ``query`` for the rows whose ``key`` is one of those that ``Batched.rows`` is given."""
+    in_sqlite = query.where(key.in_(sa.text("SELECT value FROM json_each(?)")))
+    in_postgresql = query.add_columns(_SERVER_CLOCK).where(key == sa.text("ANY(CAST($1 AS text[]))"))
+    dialects: Any = (sqlite.dialect, postgresql.dialect)
+    return Batched(*(str(one.compile(dialect=of())) for one, of in zip((in_sqlite, in_postgresql), dialects, strict=True)))
 
 
 class Database(Protocol):

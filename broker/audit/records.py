@@ -17,9 +17,11 @@ from broker.database import now
 from broker.models import AuditRecord, new_ordered_ids
 
 BATCH = 1_000
+HANDED_OUT = "connection.token"  # the action of most records
 
 RECORDS = cast("sa.Table", AuditRecord.__table__)  # type: ignore[attr-defined]
 _FIRST_AND_LAST = sa.select(sa.func.min(RECORDS.c.number), sa.func.max(RECORDS.c.number))
+_IS_RARE = sa.text("action <> 'connection.token'")  # as the index on actions says it: then it is used
 _STORED = [
     sa.cast(RECORDS.c.detail, sa.Text).label("detail") if column.name == "detail" else column for column in RECORDS.c
 ]
@@ -87,18 +89,33 @@ def _row(number: int, record_id: str, entry: Entry, at: float, keys: KeySet) -> 
 
 
 def newest(
-    equal: Mapping[str, str | None], *, since: float | None, until: float | None, before_number: int | None
+    equal: Mapping[str, str | None], *, since: float | None, until: float | None
 ) -> SelectOfScalar[AuditRecord]:
     """Return the query for the records that fit, newest first; None does not restrict. Pure."""
     query = select(AuditRecord).order_by(col(AuditRecord.number).desc())
     query = query.where(*(RECORDS.c[name] == value for name, value in equal.items() if value is not None))
+    if equal.get("action") not in {None, HANDED_OUT}:
+        query = query.where(_IS_RARE)
     if since is not None:
         query = query.where(AuditRecord.at >= since)
     if until is not None:
         query = query.where(AuditRecord.at < until)
-    if before_number is not None:
-        query = query.where(AuditRecord.number < before_number)
     return query
+
+
+def stretch(
+    session: Session, query: SelectOfScalar[AuditRecord], *, before: int | None, size: int | None, limit: int
+) -> tuple[list[AuditRecord], int | None]:
+    """Return what ``query`` finds among the ``size`` records below number ``before``, and where the next stretch begins.
+
+    None for ``before``: the newest ones; for ``size``: all there are; as the second: there are no further ones.
+    """
+    below = [] if before is None else [col(AuditRecord.number) < before]
+    numbers = select(AuditRecord.number).where(*below).order_by(col(AuditRecord.number).desc())
+    lowest = None if size is None else session.exec(numbers.offset(size - 1).limit(1)).first()
+    if lowest is not None:
+        query = query.where(AuditRecord.number >= lowest)
+    return list(session.exec(query.where(*below).limit(limit))), lowest
 
 
 def erase(session: Session, subject: str) -> int:

@@ -13,7 +13,7 @@ from sqlmodel import Session, col
 from broker.audit import Audit, Entry
 from broker.credentials.leases import Claimed, Lease, LeaseLost, require_lease
 from broker.credentials.renewals import dialogue_of, renewable, renewed_value
-from broker.credentials.stored_secrets import StoredSecrets
+from broker.credentials.stored_secrets import Overtaken, StoredSecrets
 from broker.database import Database, now
 from broker.integrations import Integrations
 from broker.integrations.config import own_variables
@@ -57,7 +57,10 @@ class Outcomes:
         """Put a new token into the vault, then let the row name it. ``old_value``: the secret that was renewed."""
         row, oauth2 = claimed.row, self.oauth2_of(claimed.row)
         value = renewed_value(old_value, answer, received_at=received_at, keep_old=oauth2.refresh.keep_old)
-        version = await self._stored.put(row.id, value, expected_version=row.secret_version)
+        try:
+            version = await self._stored.put(row.id, value, expected_version=row.secret_version)
+        except Overtaken:
+            raise LeaseLost from None  # whoever overtook us did the same work
         changes = {
             **_changes(oauth2, row, answer, received_at=received_at),
             "secret_version": version,

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, cast
 
 import sqlalchemy as sa
 
-from broker.database import clock
+from broker.database import batched, clock
 from broker.models import Connection, Integration
 
 KEPT_TEXTS = 4_096
@@ -31,12 +31,12 @@ class Snapshot(NamedTuple):
     credential_type: str
     client_id: str
     secret_version: int
-    refreshable: bool
     token_expires_at: float | None
     refreshed_at: float | None
     refresh_not_before_at: float | None
     last_used_at: float | None
     deleted_at: float | None
+    refreshable: bool
     pins: Mapping[str, str]
     variables: Mapping[str, str]
     tags: Mapping[str, str]
@@ -47,15 +47,16 @@ class Snapshot(NamedTuple):
 
 _ROWS = cast("sa.Table", Connection.__table__)  # type: ignore[attr-defined]
 _INTEGRATIONS = cast("sa.Table", Integration.__table__)  # type: ignore[attr-defined]
-_PLAIN = Snapshot._fields[: Snapshot._fields.index("pins")]
+_PLAIN = Snapshot._fields[: Snapshot._fields.index("refreshable")]
 _JSON = ("pins", "variables", "tags", "scopes")
 _QUERY = sa.select(
     *(_ROWS.c[name] for name in _PLAIN),
+    _ROWS.c.refreshable,
     *(sa.cast(_ROWS.c[name], sa.Text) for name in _JSON),
     _INTEGRATIONS.c.created_at,
     _INTEGRATIONS.c.updated_at,
 ).select_from(_ROWS.outerjoin(_INTEGRATIONS, _INTEGRATIONS.c.name == _ROWS.c.integration))
-_BY_ID = _QUERY.where(_ROWS.c.id.in_(sa.bindparam("ids", expanding=True)))
+_BY_ID = batched(_QUERY, _ROWS.c.id)
 _BY_SUBJECT = _QUERY.where(
     _ROWS.c.integration == sa.bindparam("integration"),
     _ROWS.c.subject == sa.bindparam("subject"),
@@ -66,24 +67,22 @@ _BY_SUBJECT = _QUERY.where(
 
 def find_snapshots(connection: sa.Connection, ids: Sequence[str]) -> list[Snapshot | None]:
     """Return what each of these connections is now, None for one that there is not; a deleted one is there."""
-    found = {one.id: one for one in _read(connection, _BY_ID, {"ids": list(dict.fromkeys(ids))})}
+    rows, at = _BY_ID.rows(connection, ids)
+    found = {row[0]: _snapshot(row, at) for row in rows}
     return [found.get(one) for one in ids]
 
 
 def snapshots_of(connection: sa.Connection, integration: str, subject: str) -> list[Snapshot]:
     """Return the connections of a subject at an integration, neither pending ones nor deleted ones."""
-    return _read(connection, _BY_SUBJECT, {"integration": integration, "subject": subject})
+    query = _BY_SUBJECT.add_columns(clock(connection))
+    rows = connection.execute(query, {"integration": integration, "subject": subject}).all()
+    return [_snapshot(row[:-1], row[-1]) for row in rows]
 
 
-def _read(connection: sa.Connection, query: sa.Select[Any], values: Mapping[str, Any]) -> list[Snapshot]:
-    rows = connection.execute(query.add_columns(clock(connection)), values).all()
-    return [_snapshot(tuple(row)) for row in rows]
-
-
-def _snapshot(columns: tuple[Any, ...]) -> Snapshot:
-    *plain, pins, variables, tags, scopes, created_at, updated_at, at = columns
+def _snapshot(row: Sequence[Any], at: float) -> Snapshot:
+    pins, variables, tags, scopes, created_at, updated_at = row[-6:]
     maps = (_map_of(pins), _map_of(variables), _map_of(tags))
-    return Snapshot._make((*plain, *maps, _list_of(scopes), (created_at, updated_at), at))
+    return Snapshot._make((*row[:-7], bool(row[-7]), *maps, _list_of(scopes), (created_at, updated_at), at))
 
 
 # Most connections of an integration have the same pins, scopes and tags: their text is decoded once. What comes of it is

@@ -13,7 +13,7 @@ from typing import Any
 
 import sqlalchemy as sa
 import structlog
-from sqlmodel import col
+from sqlmodel import col, select
 
 from broker.database import Database
 from broker.errors import SecretStoreUnavailable
@@ -55,6 +55,10 @@ def bearer_of(value: Mapping[str, Any]) -> str:
     return str(value["api_key"] if value["type"] == "api_key" else value.get("access_token", ""))
 
 
+class Overtaken(SecretStoreUnavailable):
+    """Another writer has written a newer version, and the row names it: this writer was too slow."""
+
+
 class StoredSecrets:
     """Reads and writes the versions of connections' secrets. Every method may raise SecretStoreUnavailable."""
 
@@ -91,11 +95,21 @@ class StoredSecrets:
                 return await self._vault.put(secret_owner(connection_id), value, expected_version=expected)
             except VaultConflict as conflict:
                 current = conflict.current
+            await self._require_named(connection_id, expected)
             with contextlib.suppress(VaultConflict):
                 if await self.content(connection_id, current) == value:
                     return current
                 expected = await self._named_anew(connection_id, expected, current)
         raise SecretStoreUnavailable("others keep writing this secret")
+
+    async def _require_named(self, connection_id: str, version: int) -> None:
+        """Refuse a writer that was overtaken: each version that it wrote would push an older one out of the vault.
+
+        A vault keeps three, and the one that the row names by now may be the oldest of them.
+        """
+        query = select(Connection.secret_version).where(Connection.id == connection_id)
+        if await self._database.read(lambda session: session.exec(query).first()) != version:
+            raise Overtaken("this secret has moved on; try again")
 
     async def _named_anew(self, connection_id: str, pinned: int, current: int) -> int:
         """Let the row name the newest version, made a copy of the one that it names; return that version."""

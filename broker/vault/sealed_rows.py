@@ -7,13 +7,13 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
 from sqlmodel import Session, col
 
-from broker.database import Database, GroupReader, now
+from broker.database import Database, GroupReader, batched, now
 from broker.errors import DatabaseUnavailable, SecretStoreUnavailable
 from broker.models import SealedSecret
 from broker.vault import SecretNotFound, SecretUnreadable, VaultConflict
@@ -138,15 +138,13 @@ def _find_newest(session: Session, owner: str) -> tuple[int, bytes] | None:
     return None if found is None else (found.version, found.sealed)
 
 
-_VERSIONS = sa.select(col(SealedSecret.owner), col(SealedSecret.version), col(SealedSecret.sealed)).where(
-    col(SealedSecret.owner).in_(sa.bindparam("owners", expanding=True))
-)
+_ROWS = cast("sa.Table", SealedSecret.__table__)  # type: ignore[attr-defined]
+_VERSIONS = batched(sa.select(_ROWS.c.owner, _ROWS.c.version, _ROWS.c.sealed), _ROWS.c.owner)
 
 
 def _find_versions(connection: sa.Connection, wanted: Sequence[tuple[str, int]]) -> list[bytes | None]:
     """Return these owners' versions as they are sealed. All versions of an owner are read: there are three at most."""
-    owners = list(dict.fromkeys(owner for owner, _ in wanted))
-    rows = connection.execute(_VERSIONS, {"owners": owners}).all()
+    rows, _ = _VERSIONS.rows(connection, [owner for owner, _ in wanted])
     found = {(owner, version): sealed for owner, version, sealed in rows}
     return [found.get(one) for one in wanted]
 
