@@ -7,9 +7,12 @@ import contextlib
 import gc
 import random
 import re
+import signal
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from types import FrameType
 from typing import Any
 
 import structlog
@@ -460,9 +463,32 @@ class Served:
         parts = await self._stack.enter_async_context(open_parts(self._settings))
         if self._with_worker:
             await self._stack.enter_async_context(running_worker(parts))
+        _on_signal(parts.credentials.stop_waiting)
         self._app = create_app(parts)
         gc.collect()
         gc.freeze()  # a full collection costs 50 ms here; what start-up made lives as long as the process
+
+
+def _on_signal(act: Callable[[], None]) -> None:
+    """Act as soon as the process is told to end, before the server's own handler drains the requests.
+
+    Callers who wait for another process's lease would hold the drain for up to 30 s, and the leases of this process with it.
+    Outside of the main thread no handler can be set; there nothing is done.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        before = signal.getsignal(number)
+
+        def heard(got: int, frame: FrameType | None, before: Any = before) -> None:  # noqa: ANN401 - any kind of handler
+            with contextlib.suppress(RuntimeError):  # the loop has ended: nobody waits any more
+                loop.call_soon_threadsafe(act)
+            if callable(before):
+                before(got, frame)
+
+        if callable(before):
+            signal.signal(number, heard)
 
 
 def new_worker(parts: Parts) -> Worker:

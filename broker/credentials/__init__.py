@@ -212,6 +212,10 @@ class Credentials:
         """
         return await self._upkeep.sweep_unreferenced(older_than_seconds=older_than_seconds, at=at)
 
+    def stop_waiting(self) -> None:
+        """Let those who wait for another process's refresh end at once: this process is about to stop."""
+        self._claims.stop_waiting()
+
     async def aclose(self) -> None:
         """Finish the refreshes under way (each ends within its time limit) and give their leases back.
 
