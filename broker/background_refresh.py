@@ -1,8 +1,9 @@
 """Refreshing without a request: a lane for each integration, so that one provider's trouble slows down nobody else's.
 
 A lane refreshes what is due in the order of expiry, a few at once and within a budget per minute. It rests when its provider
-asks for it (``Retry-After``) and after failures in a row, ever longer and with jitter; then one refresh tries whether the
-trouble is over before the others follow. What a single connection has to wait for after a failure stands in its own row.
+asks for it (``Retry-After``) and after failures in a row to answer, ever longer and with jitter; then one refresh, of any
+connection, tries whether the trouble is over before the others follow. A refusal is no trouble of the lane: what a single
+connection has to wait for stands in its own row.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from limits.storage import MemoryStorage
 from limits.strategies import MovingWindowRateLimiter
 
 from broker.credentials import Backlog, Credentials
-from broker.errors import BrokerError, Conflict, NotFound, ProviderUnavailable, UpstreamInvalid, UpstreamTimeout
+from broker.errors import BrokerError, Conflict, NotFound, SecretStoreUnavailable
 from broker.models import Connection
 from broker.refresh import Lane, after_refresh
 from broker.telemetry import Metrics
@@ -28,7 +29,7 @@ AT_ONCE = 10
 PAGE = 100
 REST_SECONDS = 300.0
 IDLE_EVERY_SECONDS = 600.0
-TROUBLE = (ProviderUnavailable, UpstreamTimeout, UpstreamInvalid)
+REMEMBERED_SECONDS = 3600.0
 log = structlog.get_logger()
 
 
@@ -79,6 +80,7 @@ class BackgroundRefresh:
             return
         backlog = await self._credentials.backlog()
         self._show(backlog)
+        self._forget_rests({one.integration for one in backlog})
         rounds = [Round(one.integration, idle=False) for one in backlog]
         if idle:
             rounds += [Round(name, idle=True) for name in await self._credentials.idle_integrations()]
@@ -94,6 +96,17 @@ class BackgroundRefresh:
         self._running.pop(key, None)
         if not done.cancelled() and (error := done.exception()) is not None:
             log.error("worker.failed", job="refresh", lane=key, exc_info=error)
+
+    def _forget_rests(self, due: set[str]) -> None:
+        """Forget the rests that are over, and lanes that have had nothing to do for an hour: integrations go."""
+        at = time.monotonic()
+        self._resting = {one: until for one, until in self._resting.items() if until > at}
+        self._lanes = {
+            name: lane
+            for name, lane in self._lanes.items()
+            if lane.rest_until > (at if not lane.failures else at - REMEMBERED_SECONDS)
+            or (lane.failures and name in due)
+        }
 
     def _show(self, backlog: list[Backlog]) -> None:
         """Tell the metrics how much is due and how late it is; a provider with nothing due any more shows zero."""
@@ -133,9 +146,9 @@ class BackgroundRefresh:
                 begun += 1
                 await self._refresh(waiting.pop(0))
 
-        if self._lanes.get(integration, Lane()).failures:  # is the trouble over? one finds out
-            trying = waiting[:1]
-            waiting, later = trying, waiting[1:]
+        if waiting and self._lanes.get(integration, Lane()).failures:  # is the trouble over? one finds out
+            trying = waiting.pop(random.randrange(len(waiting)))  # noqa: S311 - any but always the same
+            waiting, later = [trying], waiting
             await take()
             waiting = later if not self._lanes.get(integration, Lane()).failures else []
         await asyncio.gather(*(take() for _ in range(AT_ONCE)))
@@ -165,15 +178,15 @@ class BackgroundRefresh:
     async def _refreshed(self, row: Connection) -> None:
         try:
             await self._credentials.refresh(row)
-        except TROUBLE as error:
-            self._note(row.integration, error)
-        except (Conflict, NotFound) as error:
-            if error.code == "reauthorization_required":
+        except BrokerError as error:
+            if error.provider_in_trouble is not None:
+                self._note(row.integration, error if error.provider_in_trouble else None)
+            elif error.code == "reauthorization_required":
                 self._note(row.integration, None)  # the provider answers; it is this grant that is dead
-            else:  # moved endpoints, a missing integration: no wait on the row says so
+            elif isinstance(error, (Conflict, NotFound, SecretStoreUnavailable)):
+                # Moved endpoints, a missing integration, a secret that does not open: no wait on the row says so.
                 self._resting[row.id] = time.monotonic() + REST_SECONDS
-        except BrokerError:
-            return  # our own trouble: the row and the log say what happened
+            # All else is ours or this connection's own: the row and the log say what happened.
         except Exception:
             log.exception("worker.defect", job="refresh", connection_id=row.id)
         else:
@@ -191,3 +204,5 @@ class BackgroundRefresh:
             seconds = round(lane.rest_until - time.monotonic(), 1)
             log.warning("refresh.lane_rests", integration=integration, failures=lane.failures, seconds=seconds)
         self._lanes[integration] = lane
+        if lane == Lane():
+            del self._lanes[integration]  # what is well needs no memory

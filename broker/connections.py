@@ -44,6 +44,7 @@ from broker.imports import (
     check_variables,
     known_of,
     require_mintable,
+    require_power,
     require_variables,
     scopes_of,
 )
@@ -276,13 +277,13 @@ class Connections:
     async def import_(self, wanted: Import, principal: Principal) -> Connection:
         """Store a credential that exists already; the connection is active at once.
 
-        With an ``account.id`` that this (integration, subject) has already, that connection is updated. The credential is
-        not tried at the provider.
+        With an ``account.id`` that this (integration, subject) has already, that connection is updated; Conflict where its
+        credential is of another type, which would be lost. The credential is not tried at the provider.
         """
         target = Target(wanted.integration, wanted.subject, wanted.tags)
         policy.require(principal, "connect", target)
         checked_size(wanted.metadata, "/metadata")
-        configured, checked = await self._checked(wanted)
+        configured, checked = await self._checked(wanted, principal)
         fields = {
             "integration": wanted.integration,
             "provider": configured.provider.name,
@@ -305,18 +306,19 @@ class Connections:
                 return await self._insert(wanted, checked, fields, principal)
         raise Conflict("the same account is being connected by several at once; try again")
 
-    async def _checked(self, wanted: Import) -> tuple[Configured, Imported]:
+    async def _checked(self, wanted: Import, principal: Principal) -> tuple[Configured, Imported]:
         """Return the integration as this import needs it, and the import; raise all that stands against it."""
         plain = await self._integrations.configured(wanted.integration)
-        check_variables(plain.provider, wanted.variables)
+        check_variables(plain.provider, plain.row.config, wanted.variables)
         checked = check_import(wanted.credentials, plain.provider.credential_types, plain.provider.minting)
+        require_power(principal, wanted, checked, plain.config)
         known = known_of(wanted, checked, plain.provider)
         configured = await self._integrations.configured(wanted.integration, variables=known) if known else plain
         require_variables(configured, checked)
         if checked.minting is not None:
             client = await self._integrations.client(configured)
             at = await self._database.read(now)
-            require_mintable(configured, client, checked, scopes_of(configured, checked), at)
+            checked = require_mintable(configured, client, checked, scopes_of(configured, checked), at)
         return configured, checked
 
     async def _same_account(self, fields: Mapping[str, Any]) -> str | None:
@@ -366,6 +368,7 @@ class Connections:
     ) -> Connection:
         async with self._credentials.holding(existing_id) as claimed:
             policy.require(principal, "connect", target_of(claimed.row))
+            _require_same_type(claimed.row, checked)
             checked_size(merge_patch(claimed.row.extra, wanted.metadata), "/metadata")
             fields = await self._with_known_variables(claimed.row, fields)
             version = await self._credentials.put(
@@ -486,6 +489,12 @@ def _patched(current: Mapping[str, Any], patch: Mapping[str, Any], name: str) ->
     return merge_patch(current, patch[name]) if patch[name] is not None else {}
 
 
+def _require_same_type(row: Connection, checked: Imported) -> None:
+    """Raise Conflict for a credential of another type than the one that it would replace: a key is not got back."""
+    if row.credential_type != checked.value["type"]:
+        raise Conflict("this account has a credential of another type; delete that, or name another account.id")
+
+
 def _replaced(row: Connection, wanted: Import, fields: Mapping[str, Any], version: int) -> dict[str, Any]:
     """Return what an import changes of the connection that it updates; a freeze stays a freeze, a name is not forgotten."""
     known = {name: value for name, value in fields.items() if value is not None or not name.startswith("account_")}
@@ -500,6 +509,7 @@ def _replaced(row: Connection, wanted: Import, fields: Mapping[str, Any], versio
         "refresh_not_before_at": None,
         "refresh_failures": 0,
         "unknown_outcomes": 0,
+        "refusals": 0,
         "tags": {**row.tags, **wanted.tags},
         "extra": {**row.extra, **wanted.metadata},
         "created_by": row.created_by,

@@ -35,6 +35,10 @@ class FieldError:
 class BrokerError(Exception):
     """The root: anything that is answered as problem+json. ``str()`` is the safe detail, never a secret."""
 
+    provider_in_trouble: bool | None = (
+        None  # of a refresh: whether it shows that nobody is served; None: it shows nothing
+    )
+
     status: ClassVar[int] = 500
     code: ClassVar[str] = "internal_error"
     title: ClassVar[str] = "Internal error"

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 from sqlmodel import Session
 
 from broker.audit import Audit
-from broker.database import Database, head_revision, now
+from broker.database import Database, now, older_revisions
 from broker.errors import BrokerError
 from broker.vault import SecretNotFound, SecretUnreadable, Vault
 
@@ -24,7 +24,8 @@ BELIEVED_SECONDS = 1.0
 async def readiness(database: Database, vault: Vault, audit: Audit) -> dict[str, str]:
     """Return what fails by part, in our words; empty when all is well. Takes ``PATIENCE_SECONDS`` at most.
 
-    ``database`` (answers, takes writes, has this version's schema), ``clock_skew`` (its clock against ours), ``vault`` and
+    ``database`` (answers, takes writes, has this version's schema or a newer one: migrations only
+    expand, so that old replicas go on while new ones come), ``clock_skew`` (its clock against ours), ``vault`` and
     ``audit``. Nothing is written.
     """
     checks: dict[str, Callable[[], Awaitable[str | None]]] = {
@@ -51,8 +52,8 @@ def cached_readiness(database: Database, vault: Vault, audit: Audit) -> Callable
 
 
 @functools.cache
-def _expected_revision() -> str | None:
-    return head_revision()
+def _older_revisions() -> frozenset[str]:
+    return older_revisions()
 
 
 async def _bounded(check: Callable[[], Awaitable[str | None]]) -> str | None:
@@ -66,8 +67,9 @@ async def _bounded(check: Callable[[], Awaitable[str | None]]) -> str | None:
 
 
 async def _database(database: Database) -> str | None:
-    if await database.schema_revision() != _expected_revision():
-        return "the schema is not this version's; run `broker migrate`"
+    revision = await database.schema_revision()
+    if revision is None or revision in _older_revisions():
+        return "the schema is older than this version's; run `broker migrate`"
     await database.transaction(_nothing)
     return None
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
+from urllib.parse import parse_qsl
 
 from broker.egress import origin_of
-from broker.errors import Conflict, FieldError, InvalidRequest
+from broker.errors import Conflict, FieldError, Forbidden, InvalidRequest
 from broker.integrations import Configured
-from broker.integrations.config import fits, is_scope, own_variables, variables_in
+from broker.integrations.config import IntegrationConfig, contradictions, fits, is_scope, own_variables, variables_in
 from broker.models import epoch_of
+from broker.policy import Principal
 from broker.token_endpoint import Client
-from providers.spec import Account, Credential, Minter, Minting, Provider, Secret
+from providers.spec import Account, Credential, Minter, Minting, Outgoing, Provider, Secret
 
 LARGEST_MATERIAL = 65_536
 
@@ -37,6 +39,7 @@ class Imported:
     """A checked import: what goes to the vault and what goes to the row. ``scopes`` None: none were named.
 
     ``minting``: how tokens come of it, where it is none itself. ``account``: whose it is, by the credential's own word.
+    ``asked``: the scopes that its request for a token names, once that is built.
     """
 
     value: Mapping[str, Any] = field(repr=False)
@@ -44,6 +47,7 @@ class Imported:
     scopes: tuple[str, ...] | None = None
     minting: Minting | None = None
     account: Account | None = None
+    asked: tuple[str, ...] | None = None
 
     @property
     def renewable(self) -> bool:
@@ -119,8 +123,23 @@ def _told(error: ValueError) -> str:
     return str(error) if type(error) is ValueError else "is not of the right form"
 
 
-def check_variables(provider: Provider, given: Mapping[str, str]) -> None:
-    """Raise InvalidRequest for variables that are unknown or do not fit: they become part of a host."""
+def require_power(principal: Principal, wanted: Import, imported: Imported, config: IntegrationConfig) -> None:
+    """Raise Forbidden where somebody else than an admin would choose what the integration's client asks for, or whose.
+
+    That client is the operator's, and its secret opens more than the caller's own users (docs/decisions/0008).
+    """
+    if imported.minting is None or not imported.minting.uses_client or "admin" in principal.roles:
+        return
+    chosen = {name for name, value in wanted.credentials.items() if value is not None} - {"type", "scopes"}
+    if chosen or wanted.variables.keys() - config.variables.keys():
+        raise Forbidden("only an admin may choose what a token is for that the integration's client secret asks for")
+
+
+def check_variables(provider: Provider, config: Mapping[str, Any], given: Mapping[str, str]) -> None:
+    """Raise InvalidRequest for variables that are unknown, do not fit, or that the integration's ``config`` sets otherwise.
+
+    They become part of a host.
+    """
     declared = {variable.name: variable for variable in provider.variables}
     problems = []
     if given.keys() - declared.keys():  # a name that we do not know is not echoed
@@ -130,6 +149,7 @@ def check_variables(provider: Provider, given: Mapping[str, str]) -> None:
         for name in sorted(given.keys() & declared.keys())
         if not fits(declared[name], given[name])
     ]
+    problems += contradictions(config, given)
     if problems:
         raise InvalidRequest(errors=problems)
 
@@ -148,7 +168,12 @@ def require_variables(configured: Configured, imported: Imported) -> None:
 
 
 def scopes_of(configured: Configured, imported: Imported) -> list[str]:
-    """Return the scopes that the connection has (InvalidRequest: the integration's client may not ask for one of them)."""
+    """Return the scopes that the connection has (InvalidRequest: the integration's client may not ask for one of them).
+
+    Where the integration's client takes part they are those that it asks for in truth, which its provider's file decides.
+    """
+    if imported.asked is not None:
+        return list(imported.asked)
     if imported.scopes is None:
         return list(configured.row.scopes)
     minting = imported.minting
@@ -160,15 +185,15 @@ def scopes_of(configured: Configured, imported: Imported) -> list[str]:
 
 def require_mintable(
     configured: Configured, client: Client, imported: Imported, scopes: Sequence[str], at: float
-) -> None:
-    """Build the first request for a token, which is not sent: raise what stands against it.
+) -> Imported:
+    """Build the first request for a token, which is not sent; return the import with the scopes that it asks for.
 
     Conflict where the integration lacks the client that takes part; InvalidRequest, in the provider's file's own words, for
     what cannot mint.
     """
     minting = imported.minting
     if minting is None:
-        return
+        return imported
     if minting.uses_client and not (client.client_id and (client.secrets or client.auth == "none")):
         raise Conflict("this type is minted with the integration's client id and secret; give it both first")
     material = {name: Secret(text) for name, text in imported.value["material"].items()}
@@ -182,6 +207,14 @@ def require_mintable(
             raise InvalidRequest(errors=[FieldError("/credentials", "lacks something that a token needs")]) from None
         if origin_of(request.url) not in set(configured.endpoints.origins.values()):
             raise Conflict("a token of this type is asked for at an address that the integration does not have")
+    return replace(imported, asked=_asked_scopes(request)) if minting.uses_client else imported
+
+
+def _asked_scopes(request: Outgoing) -> tuple[str, ...]:
+    """Return the scopes that a request for a token names, as a form or as JSON, however it separates them."""
+    body = request.body.decode()
+    fields = json.loads(body) if body.startswith("{") else dict(parse_qsl(body))
+    return tuple(one for one in re.split("[ ,]", str(fields.get("scope", ""))) if one)
 
 
 def _credential(configured: Configured, client: Client, secret: Secret | None, at: float) -> Credential:

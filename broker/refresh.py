@@ -36,7 +36,10 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """What is known of the credential at hand. ``jitter`` in [0, 1) spreads the soft margin over connections."""
+    """What is known of the credential at hand. ``jitter`` in [0, 1) spreads the soft margin over connections.
+
+    Without ``has_token`` none was minted yet, whatever the times say.
+    """
 
     token_sha256: str
     expires_at: float | None
@@ -45,10 +48,11 @@ class Held:
     refreshed_at: float | None
     not_before_at: float | None
     jitter: float = 0.5
+    has_token: bool = True
 
     def live(self, now: float) -> bool:
-        """Whether the provider should still accept the token."""
-        return self.expires_at is None or self.expires_at > now
+        """Whether there is a token that the provider should still accept."""
+        return self.has_token and (self.expires_at is None or self.expires_at > now)
 
     def refused(self, ask: Ask) -> bool:
         """Whether the caller says that the provider refused exactly this token."""
@@ -94,8 +98,8 @@ def _require_pace(held: Held, ask: Ask, now: float) -> None:
 
 
 def _long_enough(held: Held, ask: Ask, now: float) -> bool:
-    if held.expires_at is None:
-        return True
+    if held.expires_at is None or not held.has_token:
+        return held.has_token
     left = held.expires_at - now
     return left >= _wanted_seconds(held, ask) and left >= soft_margin_seconds(held)
 

@@ -15,7 +15,7 @@ from broker.background_refresh import BackgroundRefresh
 from broker.credentials import Credentials
 from broker.database import Database, now
 from broker.errors import BrokerError
-from broker.models import BrowserSession, Connection, Flow, IdempotentAnswer, IntegrationLog
+from broker.models import BrowserSession, Connection, DeviceFlow, Flow, IdempotentAnswer, IntegrationLog
 from broker.oauth.confirm import Confirmations
 from broker.oauth.device import DeviceFlows
 
@@ -51,7 +51,7 @@ class Worker:
         """Every job and its pace in seconds."""
         return (
             (1.0, self._confirmations.sweep),
-            (1.0, self._device_flows.poll_due),
+            (1.0, self._device_flows.begin_polls),
             (2.0, self.refreshing.begin),
             (5.0, self.finish_cut_off),
             (5.0, self._audit.checkpoint),
@@ -62,6 +62,7 @@ class Worker:
     async def run(self) -> None:
         """Run every job at its pace until ``stop``; a job that fails is logged and tried again."""
         await asyncio.gather(*(self._repeat(seconds, job) for seconds, job in self.jobs))
+        await self._device_flows.finish()
         await self.refreshing.finish()
 
     def stop(self) -> None:
@@ -114,6 +115,7 @@ class Worker:
             same = col(Connection.id) == col(Flow.connection_id)
             pending = sa.exists().where(same, col(Connection.status) == "pending")
             session.execute(sa.delete(Flow).where(col(Flow.expires_at) < at - DAY_SECONDS, ~pending))
+            session.execute(sa.delete(DeviceFlow).where(col(DeviceFlow.expires_at) < at - DAY_SECONDS))
             session.execute(sa.delete(BrowserSession).where(col(BrowserSession.expires_at) < at - DAY_SECONDS))
             session.execute(sa.delete(IdempotentAnswer).where(col(IdempotentAnswer.created_at) < at - DAY_SECONDS))
             session.execute(sa.delete(IntegrationLog).where(col(IntegrationLog.at) < at - 7 * DAY_SECONDS))

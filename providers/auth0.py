@@ -63,4 +63,5 @@ PROVIDER = Provider(
     hosts={"": "https://{domain}", "management": "https://{domain}/api/v2"},
     variables=(Variable("domain", DOMAIN, "acme.eu.auth0.com"),),
     identify=userinfo,
+    env_prefix="AUTH0",
 )

@@ -68,4 +68,5 @@ PROVIDER = Provider(
     minting={"client_credentials": client_credentials()},  # acts as the owner of the consumer
     hosts={"": "https://api.bitbucket.org/2.0"},
     identify=identify,
+    env_prefix="BITBUCKET",
 )

@@ -11,13 +11,6 @@ from dataclasses import replace
 from typing import Any
 from urllib.parse import urlencode
 
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    NoEncryption,
-    PrivateFormat,
-    load_pem_private_key,
-)
-
 from providers.client_auth import signed_jwt
 from providers.minting import (
     JWT_BEARER,
@@ -46,6 +39,9 @@ from providers.spec import (
 
 NUMBER = r"[0-9]{1,32}"
 SIXTY_DAYS_SECONDS = 60 * 86_400
+ENCRYPTED = (
+    "privateKey is encrypted: decrypt it once with openssl pkcs8, and import the file with the outcome in its place"
+)
 ASSERTION_SECONDS = 45  # an assertion may live 60 seconds at most
 
 
@@ -98,35 +94,26 @@ def read_subject(given: Mapping[str, Any]) -> Mapping[str, str]:
 
 
 def read_key(given: Mapping[str, Any]) -> Mapping[str, str]:
-    """Check the app's configuration file (config.json), and open its private key with the passphrase beside it."""
+    """Check the app's configuration file (config.json), whose private key a person has decrypted beforehand.
+
+    An encrypted key says itself how often its passphrase is to be hashed: whoever sends one chooses how long we stand still.
+    """
     key = json_object(given.get("key"))
     settings = key.get("boxAppSettings")
     auth = settings.get("appAuth") if isinstance(settings, Mapping) else None
     if not isinstance(auth, Mapping):
         raise ValueError("the key must be the app's configuration file")  # noqa: TRY004 - one kind of refusal
+    private_key = auth.get("privateKey")
+    if isinstance(private_key, str) and "ENCRYPTED" in private_key:
+        raise ValueError(ENCRYPTED)
     user = given.get("user_id")
     subject = (user, "user_id") if user is not None else (key.get("enterpriseID"), "enterpriseID")
     return {
-        "private_key": _opened(auth.get("privateKey"), auth.get("passphrase")),
+        "private_key": require_private_key(private_key, algorithm="RS256"),
         "key_id": require_text(auth.get("publicKeyID"), r"[A-Za-z0-9_-]{1,64}", "publicKeyID"),
         "box_subject_type": "enterprise" if user is None else "user",
         "box_subject_id": require_text(subject[0], NUMBER, subject[1]),
     }
-
-
-def _opened(key: object, passphrase: object) -> str:
-    if not isinstance(key, str) or not isinstance(passphrase, str | None):
-        raise ValueError("privateKey and passphrase must be text")  # noqa: TRY004 - one kind of refusal
-    if not passphrase:
-        return require_private_key(key, algorithm="RS256")
-    try:
-        opened = load_pem_private_key(key.encode(), passphrase.encode())
-    except Exception:  # noqa: BLE001 - a library that parses what it is given: whatever it raises, the key is not usable
-        opened = None
-    if opened is None:
-        raise ValueError("privateKey cannot be opened with this passphrase")
-    text = opened.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()).decode()
-    return require_private_key(text, algorithm="RS256")
 
 
 def sign_in(minter: Minter) -> Outgoing:

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import quote
 
-from providers.client_auth import signed_jwt
+from providers.client_auth import holds_private_key, signed_jwt
 from providers.minting import require_private_key, require_text
 from providers.spec import (
     Account,
@@ -83,9 +83,10 @@ def revoke(credential: Credential) -> Dialogue[bool]:
     itself is asked. Beside a refresh token its death proves nothing (an access token ends after eight hours, its refresh
     token after six months), so it is no success then.
     """
-    if credential.client_secret is None or credential.access_token is None:
+    secret = credential.client_secret
+    if secret is None or holds_private_key(secret) or credential.access_token is None:
         return False
-    pair = f"{credential.client_id}:{credential.client_secret.reveal()}"
+    pair = f"{credential.client_id}:{secret.reveal()}"
     headers = {
         **HEADERS,
         "Authorization": f"Basic {base64.b64encode(pair.encode()).decode()}",
@@ -132,8 +133,8 @@ def parse_installation(answer: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def installation_of(material: Mapping[str, str]) -> Account:
-    """Name an installation by its id; whose it is would take another call."""
-    return Account(material["installation_id"])
+    """Name an installation by its id, marked: a user has a number too. Whose it is would take another call."""
+    return Account(f"installation:{material['installation_id']}")
 
 
 def _api(credential: Credential) -> str:

@@ -55,4 +55,5 @@ PROVIDER = Provider(
     ),
     hosts={"": "https://gitlab.com/api/v4"},
     identify=identify,
+    env_prefix="GITLAB",
 )

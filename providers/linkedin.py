@@ -9,6 +9,7 @@ https://github.com/authlib/authlib/issues/763 (the missing nonce).
 
 from urllib.parse import urlencode
 
+from providers.client_auth import holds_private_key
 from providers.minting import client_credentials
 from providers.oidc import userinfo
 from providers.spec import Credential, Dialogue, OAuth2, Outgoing, Provider, Refresh, Revocation
@@ -20,7 +21,7 @@ def revoke(credential: Credential) -> Dialogue[bool]:
     """Revoke each token that there is; True when all were accepted."""
     url, secret = credential.urls.get("revoke_url"), credential.client_secret
     tokens = [token for token in (credential.refresh_token, credential.access_token) if token is not None]
-    if not url or secret is None or not tokens:
+    if not url or secret is None or holds_private_key(secret) or not tokens:
         return False
     headers = {"Content-Type": "application/x-www-form-urlencoded", "Accept": "application/json"}
     for token in tokens:
@@ -58,4 +59,5 @@ PROVIDER = Provider(
         "X-Restli-Protocol-Version": "2.0.0"
     },  # /rest needs LinkedIn-Version besides: a month, which each caller knows
     identify=userinfo,
+    env_prefix="LINKEDIN",
 )

@@ -36,4 +36,5 @@ PROVIDER = Provider(
     hosts={"": "https://{domain}"},
     variables=(Variable("domain", DOMAIN, "acme.okta.com"),),
     identify=userinfo,
+    env_prefix="OKTA",
 )

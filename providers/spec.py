@@ -289,8 +289,10 @@ class Provider:
 
     ``hosts`` are the API bases by name, ``""`` the default one, each exactly what the vendor's SDK takes as its base URL.
     ``minting``: other ways to obtain a token, by the ``type`` of an import. ``headers`` go with each proxied call and may
-    hold variables. ``identify`` asks who the account is when there is no ID token, or the ID token lacks it. ``env_prefix``
-    is set where ``<PREFIX>_CLIENT_ID`` and ``<PREFIX>_CLIENT_SECRET`` in the environment make an integration of that name.
+    hold variables. ``identify`` asks who the account is when there is no ID token, or the ID token lacks it. With
+    ``env_prefix``, ``<PREFIX>_CLIENT_ID`` and ``<PREFIX>_CLIENT_SECRET`` in the environment make an integration of that
+    name: every file with ``oauth2`` has one, its name in capitals, but a generic one, which says nothing of where the
+    secret would go. Variables are no reason against it: sessions give them.
     """
 
     name: str

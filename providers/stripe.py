@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlencode
 
+from providers.client_auth import holds_private_key
 from providers.spec import (
     Account,
     ApiKey,
@@ -37,15 +38,15 @@ def identify(credential: Credential) -> Dialogue[Account]:
 
 def revoke(credential: Credential) -> Dialogue[bool]:
     """Disconnect the account from the platform, which takes its id: so the token is asked first."""
-    url = credential.urls.get("revoke_url")
-    if not url or credential.client_secret is None:
+    url, secret = credential.urls.get("revoke_url"), credential.client_secret
+    if not url or secret is None or holds_private_key(secret):
         return False
     try:
         account = yield from _account(credential)
     except ProviderAnswerError:
         return False
     headers = {
-        "Authorization": f"Bearer {credential.client_secret.reveal()}",
+        "Authorization": f"Bearer {secret.reveal()}",
         "Content-Type": "application/x-www-form-urlencoded",
         "Accept": "application/json",
     }
@@ -88,4 +89,5 @@ PROVIDER = Provider(
         "meter-events": "https://meter-events.stripe.com",
     },
     identify=identify,
+    env_prefix="STRIPE",
 )

@@ -21,6 +21,7 @@ from litestar.routes import HTTPRoute
 from litestar.types import Middleware, Receive, Scope, Send
 
 from broker.api.requests import (
+    FAILED,
     MAX_BODY_BYTES,
     PATH_PART,
     Shape,
@@ -32,7 +33,7 @@ from broker.api.requests import (
 from broker.callers import Callers
 from broker.errors import InvalidRequest, PayloadTooLarge
 
-FAILED = "broker_failed"
+PASSED_BY = 2  # middlewares: Authentication and Idempotency
 _PLAIN_HOST = re.compile(rb"[A-Za-z0-9.-]{1,253}(:[0-9]{1,5})?")
 _encode = msgspec.json.Encoder().encode
 
@@ -42,14 +43,18 @@ class LeanRoute(HTTPRouteHandler):
 
     Path parameters; ``data``, the decoded body (left out for an empty one, if it has a default); ``scope``; ``principal``;
     and parts of the application (``app.Parts``) by their names. No query parameters. The answer is 200 and never cached.
-    A guard besides ``strict_request``, which this stands in for, is refused when the application is made.
+    A guard besides ``strict_request``, which this stands in for, is refused when the application is made, as is a third
+    middleware: ``ExpressLane`` passes it by.
     """
 
     def resolve_middleware(self) -> list[Middleware]:
         """Return the framework's list with this route's own way as the innermost, which calls nothing further."""
         if any(guard is not strict_request for guard in self.resolve_guards()):
             raise RuntimeError("a lean route would pass by a guard")
-        return [lambda app: self._serve, *super().resolve_middleware()]  # noqa: ARG005 - it takes the place of the app
+        outer = super().resolve_middleware()
+        if len(outer) > PASSED_BY:
+            raise RuntimeError("a lean route would pass by a middleware")
+        return [lambda app: self._serve, *outer]  # noqa: ARG005 - it takes the place of the app
 
     @cached_property
     def _shape(self) -> Shape:
@@ -61,9 +66,6 @@ class LeanRoute(HTTPRouteHandler):
         return tuple({*self.parsed_fn_signature.parameters} & {*self.resolve_dependencies()} - {"principal"})
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
-        failed = scope["state"].pop(FAILED, None)
-        if failed is not None:
-            raise failed  # in the express lane; it comes here to be answered
         await _send_json(send, await self.answer(scope, receive))
 
     async def answer(self, scope: Scope, receive: Receive) -> bytes | None:

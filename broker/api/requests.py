@@ -57,6 +57,7 @@ Text = Annotated[str, msgspec.Meta(min_length=1, max_length=512, pattern=PLAIN)]
 TAG_NAME = r"[!#-9;-\[\]-~]{1,64}"  # visible ASCII without colon, quote and backslash: SQLite finds it by a JSON path
 TagName = Annotated[str, msgspec.Meta(pattern=f"^{TAG_NAME}(?![\\s\\S])")]
 TagValue = Annotated[str, msgspec.Meta(max_length=512, pattern=PLAIN)]
+FAILED = "broker_failed"  # in a request's state: the error of the express lane (``lean``), to be answered
 NOT_KEPT = "broker_not_kept"
 MADE_ID = "broker_made_id"
 log = structlog.get_logger()
@@ -74,7 +75,9 @@ class Authentication:
         self._callers = callers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Put the Principal where ``principal_of`` finds it."""
+        """Put the Principal where ``principal_of`` finds it. What failed already is raised: it gets nowhere unauthenticated."""
+        if (failed := scope["state"].pop(FAILED, None)) is not None:
+            raise failed
         scope["state"]["principal"] = await self._callers.authenticate(scope["headers"])
         await self._app(scope, receive, send)
 

@@ -14,7 +14,7 @@ from broker import policy
 from broker.api.requests import AnyRequest, TagName, TagValue, Text, problems, show_once, shown_name
 from broker.errors import FieldError, InvalidRequest
 from broker.integrations import Integrations, View
-from broker.integrations.config import fits, to_be_given
+from broker.integrations.config import contradictions, fits, to_be_given
 from broker.models import BrowserSession, rfc3339
 from broker.oauth.return_to import allowed_return_to
 from broker.policy import Principal, Target
@@ -118,7 +118,7 @@ def _scope_problems(scopes: Sequence[str] | None, views: Sequence[View]) -> list
 
 
 def _variable_problems(data: SessionBody, views: Sequence[View], catalog: Mapping[str, Provider]) -> list[FieldError]:
-    """Return which variables are unknown, missing, or do not fit their pattern: they become part of a host.
+    """Return which variables are unknown, missing, settled otherwise, or do not fit: they become part of a host.
 
     Missing is what an integration that is named cannot start without: it has neither a default nor a ``config.variables``.
     """
@@ -134,6 +134,7 @@ def _variable_problems(data: SessionBody, views: Sequence[View], catalog: Mappin
     for name in declared.keys() & given.keys():
         if not all(fits(variable, given[name]) for variable in declared[name]):
             problems.append(FieldError(f"/variables/{name}", f"must look like {declared[name][0].example}"))
+    problems += [problem for view in views for problem in contradictions(view.row.config, given)]
     return sorted(problems, key=lambda problem: problem.pointer)
 
 

@@ -18,6 +18,8 @@ _MAKE_HEAD = sa.text(
     "INSERT INTO audit_head (id, count, chain, mac) VALUES (1, :count, :chain, :mac) ON CONFLICT DO NOTHING"
 )
 
+_MOVE_HEAD = sa.text("UPDATE audit_head SET count = :count, chain = :chain, mac = :mac WHERE id = 1")
+
 
 @dataclass(frozen=True, slots=True)
 class Head:
@@ -50,7 +52,7 @@ def lock_head(session: Session, keys: KeySet) -> Head:
 
 def move_head(session: Session, keys: KeySet, count: int, chain: str) -> None:
     """Let the head, whose lock is held, count up to the last record and hold its link."""
-    session.connection().execute(sa.update(_HEAD).where(_HEAD.c.id == 1).values(_values(keys.current, count, chain)))
+    session.connection().execute(_MOVE_HEAD, _values(keys.current, count, chain))
 
 
 _QUERY = sa.select(_HEAD.c.count, _HEAD.c.chain, _HEAD.c.mac).where(_HEAD.c.id == 1)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import time
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import msgspec
 import sqlalchemy as sa
@@ -17,6 +19,7 @@ from broker.database import now
 from broker.models import AuditRecord, new_ordered_ids
 
 BATCH = 1_000
+SQLITE_ROWS = 32  # in a statement
 HANDED_OUT = "connection.token"  # the action of most records
 
 RECORDS = cast("sa.Table", AuditRecord.__table__)  # type: ignore[attr-defined]
@@ -26,17 +29,28 @@ _STORED = [
     sa.cast(RECORDS.c.detail, sa.Text).label("detail") if column.name == "detail" else column for column in RECORDS.c
 ]
 _NAMES = [column.name for column in RECORDS.c if column.name != "at"]
+_DETAIL = _NAMES.index("detail")
 _KINDS = {"number": "bigint", "detail": "json"}
 _INTO = f"INSERT INTO audit_records ({', '.join(_NAMES)}, at) SELECT"
-_INSERTS = {
-    "sqlite": sa.text(
-        " ".join([_INTO, *(f"json_extract(value, '$.{name}')," for name in _NAMES), ":at FROM json_each(:rows)"])
-    ),
-    "postgresql": sa.text(
-        f"{_INTO} {', '.join(_NAMES)}, CAST(:at AS double precision) FROM json_to_recordset(CAST(:rows AS json)) "
-        f"AS given ({', '.join(f'{name} ' + _KINDS.get(name, 'text') for name in _NAMES)})"
-    ),
-}
+_GIVEN = (
+    f"{', '.join(_NAMES)}, CAST({{at}} AS double precision) FROM json_to_recordset(CAST({{rows}} AS json)) "
+    f"AS given ({', '.join(f'{name} ' + _KINDS.get(name, 'text') for name in _NAMES)})"
+)
+_INSERT = sa.text(f"{_INTO} {_GIVEN.format(at=':at', rows=':rows')}")
+_LINK_AT_HEAD = (
+    "WITH moved AS (UPDATE audit_head SET count = $4, chain = $5, mac = $6 "  # noqa: S608 - made of our own names
+    "WHERE id = 1 AND count = $1 AND chain = $2 AND mac = $3 RETURNING id), "
+    f"added AS ({_INTO} {_GIVEN.format(at='$8', rows='CAST($7 AS text)')} WHERE EXISTS (SELECT FROM moved)) "
+    "SELECT EXISTS (SELECT FROM moved), CAST(extract(epoch FROM clock_timestamp()) AS double precision)"
+)
+
+
+class KnownHead(NamedTuple):
+    """The head as this process left it, and how far the database's clock was ahead of this process's monotonic one."""
+
+    number: int
+    chain: str
+    clock_ahead: float
 
 
 def link_entries(session: Session, keys: KeySet, entries: Sequence[Entry]) -> list[dict[str, Any]]:
@@ -48,27 +62,67 @@ def link_entries(session: Session, keys: KeySet, entries: Sequence[Entry]) -> li
     if not entries:
         return []
     head = lock_head(session, keys)
-    at, chain = now(session), head.chain
+    at = now(session)
+    rows = _linked(keys, entries, head.count, head.chain, at)
+    _insert(session, rows, at)
+    move_head(session, keys, rows[-1]["number"], rows[-1]["chain"])
+    return rows
+
+
+def link_at_head(
+    connection: sa.Connection, keys: KeySet, entries: Sequence[Entry], known: KnownHead
+) -> tuple[list[dict[str, Any]], KnownHead] | None:
+    """As ``link_entries`` in one statement (PostgreSQL): return rows and head, None (nothing written) unless it is known.
+
+    Who else moves the head or changes it, makes it another one than the known. Takes 0.3 ms instead of 1.5.
+    """
+    at = known.clock_ahead + time.monotonic()
+    rows = _linked(keys, entries, known.number, known.chain, at)
+    count, chain = rows[-1]["number"], rows[-1]["chain"]
+    moved_from = (known.number, known.chain, keys.current.head_mac(known.number, known.chain))
+    moved_to = (count, chain, keys.current.head_mac(count, chain))
+    values = (*moved_from, *moved_to, msgspec.json.encode(rows).decode(), at)
+    moved, clock_at = connection.exec_driver_sql(_LINK_AT_HEAD, values).one()
+    return (rows, KnownHead(count, chain, clock_at - time.monotonic())) if moved else None
+
+
+def _linked(keys: KeySet, entries: Sequence[Entry], count: int, chain: str, at: float) -> list[dict[str, Any]]:
+    """Return the rows of these entries behind record number ``count`` with this link (pure but for their ids)."""
     ids = new_ordered_ids("aud", len(entries), at)
     rows: list[dict[str, Any]] = []
-    for number, (record_id, entry) in enumerate(zip(ids, entries, strict=True), head.count + 1):
+    for number, (record_id, entry) in enumerate(zip(ids, entries, strict=True), count + 1):
         row = _row(number, record_id, entry, at, keys)
         row["chain"] = chain = keys.current.link(chain, row)
         rows.append(row)
-    _insert(session, rows, at)
-    move_head(session, keys, rows[-1]["number"], chain)
     return rows
 
 
 def _insert(session: Session, rows: Sequence[Row], at: float) -> None:
-    """Write rows of one time, as one JSON document that the database takes apart.
+    """Write rows of one time in few statements: one for each row costs 25 µs of ours, these 3.
 
-    A statement with a value for each column of each row costs 25 µs of ours for a row, this one 3. The time is a value of
-    its own: a database's reader of decimal numbers may be wrong in the last bit, and the chain covers it.
+    The time is a value of its own: a database's reader of decimal numbers may be wrong in the last bit, and the chain
+    covers it.
     """
     connection = session.connection()
-    insert = _INSERTS[connection.dialect.name]
-    connection.execute(insert, {"rows": msgspec.json.encode(rows).decode(), "at": at})
+    if connection.dialect.name == "postgresql":
+        connection.execute(_INSERT, {"rows": msgspec.json.encode(rows).decode(), "at": at})
+        return
+    for some in (rows[start : start + SQLITE_ROWS] for start in range(0, len(rows), SQLITE_ROWS)):
+        values = [value for row in some for value in _values(row, at)]
+        connection.exec_driver_sql(_insert_of(len(some)), tuple(values))
+
+
+def _values(row: Row, at: float) -> list[Any]:
+    values = [row[name] for name in _NAMES]
+    values[_DETAIL] = msgspec.json.encode(row["detail"]).decode()
+    return [*values, at]
+
+
+@functools.cache
+def _insert_of(count: int) -> str:
+    """Return the statement for so many rows; the driver keeps it prepared."""
+    row = f"({', '.join('?' * (len(_NAMES) + 1))})"
+    return f"INSERT INTO audit_records ({', '.join(_NAMES)}, at) VALUES {', '.join([row] * count)}"  # noqa: S608 - ours
 
 
 def _row(number: int, record_id: str, entry: Entry, at: float, keys: KeySet) -> dict[str, Any]:
@@ -88,9 +142,7 @@ def _row(number: int, record_id: str, entry: Entry, at: float, keys: KeySet) -> 
     }
 
 
-def newest(
-    equal: Mapping[str, str | None], *, since: float | None, until: float | None
-) -> SelectOfScalar[AuditRecord]:
+def newest(equal: Mapping[str, str | None], *, since: float | None, until: float | None) -> SelectOfScalar[AuditRecord]:
     """Return the query for the records that fit, newest first; None does not restrict. Pure."""
     query = select(AuditRecord).order_by(col(AuditRecord.number).desc())
     query = query.where(*(RECORDS.c[name] == value for name, value in equal.items() if value is not None))

@@ -58,7 +58,7 @@ class HandingOut:
         choice = decide(held, ask, at)
         if choice == "renew":
             return await self._renewed(row, held, ask, at)
-        return _handout(row, value, stale=choice == "stale")
+        return handout_of(row, value, stale=choice == "stale")
 
     async def _renewed(self, row: Standing, held: Held, ask: Ask, at: float) -> Handout:
         """Return a newer token than the one that is held, or that one if it can be served although no newer one came."""
@@ -74,11 +74,11 @@ class HandingOut:
             require_usable(row)
             row, value = await self._opened(row)
             if row.refreshed_at != held.refreshed_at or held_from(row, value).token_sha256 != held.token_sha256:
-                return _handout(row, value, stale=False)
+                return handout_of(row, value, stale=False)
             if failure is not None:
                 break
         after_failure(held, ask, at, failure or ProviderUnavailable("the refresh brought no token; try again"))
-        return _handout(row, value, stale=True)
+        return handout_of(row, value, stale=True)
 
     async def _opened(self, row: Standing) -> tuple[Standing, dict[str, Any]]:
         """Return the row and its secret; both anew if the secret moved on since the row was read."""
@@ -101,9 +101,13 @@ def held_from(row: Standing, value: Mapping[str, Any]) -> Held:
         refreshed_at=row.refreshed_at,
         not_before_at=row.refresh_not_before_at,
         jitter=int(sha256_hex(row.id)[:6], 16) / 0x1000000,
+        has_token=bool(token),
     )
 
 
-def _handout(row: Standing, value: Mapping[str, Any], *, stale: bool) -> Handout:
-    kind = "Basic" if value["type"] == "basic" else "Bearer"
-    return Handout(Secret(bearer_of(value)), kind, row.token_expires_at, tuple(row.scopes), row.id, stale)
+def handout_of(row: Standing, value: Mapping[str, Any], *, stale: bool) -> Handout:
+    """Return what the caller gets (pure). ProviderUnavailable where there is no token: imported anew meanwhile."""
+    token, kind = bearer_of(value), "Basic" if value["type"] == "basic" else "Bearer"
+    if not token:
+        raise ProviderUnavailable("there is no token yet; try again")
+    return Handout(Secret(token), kind, row.token_expires_at, tuple(row.scopes), row.id, stale)

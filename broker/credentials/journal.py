@@ -74,8 +74,11 @@ def _in_a_callers_terms(verdict: Verdict, refusal: TokenRefusal, at: float) -> E
     if refusal.outcome == "transient":
         error = wait_for(verdict.tally.not_before_at or at, at)
         error.pause_seconds = refusal.retry_after_seconds
+        error.provider_in_trouble = True
         return error
-    return UpstreamInvalid("the provider refused the refresh: see status_reason of the connection")
+    refused = UpstreamInvalid("the provider refused the refresh: see status_reason of the connection")
+    refused.provider_in_trouble = False
+    return refused
 
 
 class Journal:

@@ -18,13 +18,15 @@ from broker.models import Connection
 
 USED_SECONDS = 60.0
 EVERY_SECONDS = 0.25
-LARGEST = 500
-MOST_WAITING = 20_000
+LARGEST = 50
+MOST_WAITING = 5_000
 log = structlog.get_logger()
 
 
 class LastUse:
-    """Writes ``last_used_at``, at most ``LARGEST`` rows every ``EVERY_SECONDS``: that is 120,000 connections a minute.
+    """Writes ``last_used_at``, at most ``LARGEST`` rows every ``EVERY_SECONDS``: that is 12,000 connections a minute.
+
+    Ten times as many, each on a page of its own, made hand-outs from 100,000 connections half as fast as from 1,000.
 
     It is for operators and for the choice of what is refreshed ahead (used within a week), so it may be lost: with the
     process, when the database is not available, and when more than ``MOST_WAITING`` wait. The next use makes up for it.

@@ -154,7 +154,7 @@ class Refreshing:
             prepared = await self._prepared(row, claimed.now)
         except (ProviderUnavailable, UpstreamInvalid, EgressDenied) as error:
             await self._outcomes.fail(claimed, Failure("not_sent", "not_sent"))
-            raise _as_provider_error(error) from None
+            raise _as_provider_error(error, row) from None
         answered = await self._answered(claimed, prepared)
         journal = await self._journal.keep(claimed.lease, prepared.token, answered)
         await self._journal.settle(claimed, journal)
@@ -195,10 +195,10 @@ class Refreshing:
             answer = await self._ask_provider(prepared, deadline)
         except (NotSent, EgressDenied, InternalError) as error:
             await self._outcomes.fail(claimed, Failure("not_sent", "not_sent"))
-            raise _as_provider_error(error) from None
+            raise _as_provider_error(error, row) from None
         except (OutcomeUnknown, UpstreamInvalid) as error:
             await self._outcomes.fail(claimed, Failure("unknown", "outcome_unknown"))
-            raise _as_provider_error(error) from None
+            raise _as_provider_error(error, row) from None
         elapsed_ms = round((self._monotonic() - started) * 1000)
         log.info("refresh.answered", connection_id=row.id, status=answer.status, ms=elapsed_ms)
         return Answered(answer, self._monotonic())
@@ -215,7 +215,15 @@ class Refreshing:
         return await first_not_refused(prepared.oauth2, prepared.requests, send)
 
 
-def _as_provider_error(error: BrokerError) -> BrokerError:
-    if isinstance(error, OutcomeUnknown) and error.timed_out:
-        return UpstreamTimeout()
+def _as_provider_error(error: BrokerError, row: Connection) -> BrokerError:
+    """Return the error in a caller's terms, and whether it shows that the provider serves nobody.
+
+    Not answering does. Not being reached does where all connections go to the same hosts; a host of its own may be gone.
+    """
+    if isinstance(error, OutcomeUnknown):
+        told = UpstreamTimeout() if error.timed_out else error
+        told.provider_in_trouble = True
+        return told
+    if isinstance(error, ProviderUnavailable) and not row.variables:
+        error.provider_in_trouble = True
     return error

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from broker.credentials.usable import renewal_home
 from broker.egress import NotSent, origin_of
 from broker.errors import OriginChanged
 from broker.integrations import Configured
@@ -85,7 +86,7 @@ def requests_for(renewal: Renewal) -> tuple[Outgoing, ...]:
 
 def _refresh(renewal: Renewal, secret: Secret | None) -> Outgoing:
     urls = renewal.configured.endpoints.urls
-    return refresh_request(
+    request = refresh_request(
         renewal.configured.oauth2,
         token_url=urls["token_url"],
         refresh_url=urls.get("refresh_url", ""),
@@ -95,6 +96,9 @@ def _refresh(renewal: Renewal, secret: Secret | None) -> Outgoing:
         redirect_uri=renewal.redirect_uri,
         now=renewal.now,
     )
+    if origin_of(request.url) != renewal_home(renewal.row.pins):
+        raise OriginChanged
+    return request
 
 
 def _minting(renewal: Renewal, minting: Minting, secret: Secret | None) -> Outgoing:

@@ -117,12 +117,12 @@ def _dies_with(row: Connection, *, project: bool) -> list[sa.ColumnElement[bool]
     of either is unknown, the same subject is taken for the same account. ``project``: the provider ends what was granted to
     the client's whole project, in which any of its integrations may be.
     """
-    proven = (col(Connection.account_id) == row.account_id) & col(Connection.flow_id).is_not(None)
-    unknown = (col(Connection.subject) == row.subject) & (col(Connection.status) != "pending")
+    shared = (col(Connection.subject) == row.subject) & (col(Connection.status) != "pending")
     if row.account_id is not None:
-        unknown &= col(Connection.account_id).is_(None)
+        proven = (col(Connection.account_id) == row.account_id) & col(Connection.flow_id).is_not(None)
+        shared = proven | (shared & col(Connection.account_id).is_(None))
     same = [
-        proven | unknown,
+        shared,
         col(Connection.id) != row.id,
         col(Connection.deleted_at).is_(None),
         col(Connection.status) != "revoked",

@@ -48,7 +48,7 @@ def oauth_value(answer: TokenAnswer, *, received_at: float) -> dict[str, Any]:
 def bearer_of(value: Mapping[str, Any]) -> str:
     """Return what is put behind the scheme of an Authorization header: token, key, or the encoded Basic pair.
 
-    ``""`` for a token that was not minted yet: nobody gets that, because it is over by its row.
+    ``""`` for a token that was not minted yet: a hand-out refuses that.
     """
     if value["type"] == "basic":
         return base64.b64encode(f"{value['username']}:{value['password']}".encode()).decode()

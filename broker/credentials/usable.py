@@ -60,12 +60,20 @@ def require_usable(row: Standing) -> None:
 def require_pinned(row: Standing, configured: Configured) -> None:
     """Raise OriginChanged when a place that the credential goes to is not the one it was made with.
 
-    A host that the provider's file gained later changes nothing: it is not pinned, so nothing is sent there.
+    A host that the provider's file gained later changes nothing: it is not pinned, so nothing is sent there. Where refresh
+    tokens go is judged whatever it is called: a refresh endpoint that came later is another home, unless its origin is the
+    same.
     """
     current = configured.endpoints.origins
     moved = any(name in current and current[name] != origin for name, origin in row.pins.items())
-    if moved or ("token" in current and "token" not in row.pins):
+    home = renewal_home(current)
+    if moved or ("token" in current and "token" not in row.pins) or home not in {None, renewal_home(row.pins)}:
         raise OriginChanged
+
+
+def renewal_home(origins: Mapping[str, str]) -> str | None:
+    """Return the origin that refresh tokens go to, of pins or of today's origins: the token endpoint's without another."""
+    return origins.get("refresh") or origins.get("token")
 
 
 def require_same_client(row: Standing, configured: Configured) -> None:

@@ -104,6 +104,14 @@ class _Kept:
     configured: Configured
 
 
+def _issuer_of(configured: Configured) -> str:
+    return filled(configured.config.issuer or "", configured.variables)
+
+
+def _is_fresh(known: tuple[float, Mapping[str, Any]]) -> bool:
+    return time.monotonic() - known[0] < DISCOVERY_SECONDS
+
+
 def secret_owner(integration: str, secret_id: str) -> str:
     """Return where a client secret lives in the vault."""
     return f"integrations/{integration}/{secret_id}"
@@ -258,20 +266,31 @@ class Integrations:
 
     async def _kept_at(self, name: str, version: tuple[float | None, float | None]) -> Configured:
         kept = self._kept.get(name)
-        if kept is not None and kept.version == version and kept.discovery is self._known_discovery(kept.configured):
+        if kept is not None and kept.version == version and self._still_holds(kept):
             return kept.configured
         configured = await self.configured(name)
         if len(self._kept) >= MOST_KEPT:
             self._kept.clear()
-        row = configured.row
-        discovery = self._known_discovery(configured)
+        row, discovery = configured.row, self._discovered.get(_issuer_of(configured))
         self._kept[name] = _Kept((row.created_at, row.updated_at), discovery, configured)
         return configured
 
-    def _known_discovery(self, configured: Configured) -> tuple[float, Mapping[str, Any]] | None:
-        """Return the discovered document that its endpoints were made with; None where none is needed or it is over."""
-        known = self._discovered.get(configured.config.issuer or "")
-        return known if known is not None and time.monotonic() - known[0] < DISCOVERY_SECONDS else None
+    def _still_holds(self, kept: _Kept) -> bool:
+        """Return whether its discovered document, if it needs one, is the current one, or no newer can be had just now."""
+        issuer = _issuer_of(kept.configured)
+        known = self._discovered.get(issuer)
+        return kept.discovery is known and (
+            known is None or _is_fresh(known) or self._failed_lately(issuer) is not None
+        )
+
+    def is_stale(self, configured: Configured) -> bool:
+        """Return whether its endpoints were discovered over an hour ago, and no newer document came since."""
+        known = self._discovered.get(_issuer_of(configured))
+        return known is not None and not _is_fresh(known)
+
+    def _failed_lately(self, url: str) -> BrokerError | None:
+        failed = self._failed.get(url)
+        return failed[1] if failed is not None and time.monotonic() - failed[0] < FAILED_SECONDS else None
 
     async def _templates(
         self, provider: Provider, config: IntegrationConfig, variables: Mapping[str, str]
@@ -283,10 +302,25 @@ class Integrations:
         return endpoint_templates(provider, config, discovered)
 
     async def _discover(self, issuer: str) -> Mapping[str, Any]:
+        """Return the discovery document; an old one while no newer can be had, so that live tokens go on being served.
+
+        Who comes while an old one is fetched anew does not wait for that.
+        """
         known = self._discovered.get(issuer)
-        if known is not None and time.monotonic() - known[0] < DISCOVERY_SECONDS:
+        if known is None:
+            return await self._fetched_discovery(issuer)
+        fetching = self._fetching.get(issuer)
+        if _is_fresh(known) or (fetching is not None and fetching.locked()):
+            return known[1]
+        failed_before = self._failed_lately(issuer)
+        try:
+            return await self._fetched_discovery(issuer)
+        except BrokerError as error:
+            if failed_before is None:
+                log.warning("discovery.stale", issuer=issuer, code=error.code)
             return known[1]
 
+    async def _fetched_discovery(self, issuer: str) -> Mapping[str, Any]:
         async def fetch() -> Mapping[str, Any]:
             document = await self._egress.get_json(discovery_url(issuer))
             try:
@@ -303,9 +337,9 @@ class Integrations:
         """
         asked_at = time.monotonic()
         async with self._fetching.setdefault(url, asyncio.Lock()):
-            failed = self._failed.get(url)
-            if failed is not None and time.monotonic() - failed[0] < FAILED_SECONDS:
-                raise copy.copy(failed[1])
+            failed = self._failed_lately(url)
+            if failed is not None:
+                raise copy.copy(failed)
             known = self._discovered.get(url)
             if known is not None and known[0] > asked_at:
                 return known[1]
@@ -320,7 +354,7 @@ class Integrations:
     async def jwks(self, url: str, *, again: bool = False) -> Mapping[str, Any]:
         """Return a provider's signing keys, fetched at most once an hour; ``again``: and anew, every 10 seconds at most."""
         known = self._discovered.get(url)
-        if known is not None and time.monotonic() - known[0] < DISCOVERY_SECONDS:
+        if known is not None and _is_fresh(known):
             refetched_at = self._refetched_at.get(url)
             if not again or (refetched_at is not None and time.monotonic() - refetched_at < REFETCH_SECONDS):
                 return known[1]
@@ -420,29 +454,26 @@ class Integrations:
         self._checked(draft, config)
         _require_admin(actor, before=row.config, after=config)
         _require_admin_for_endpoints(actor, before=row.config, after=config)
-        await self._signing_ids(row, config)
+        await self._fitting_ids(row, config)
 
     def require_usable(self, draft: Draft, values: Sequence[Secret]) -> None:
         """Raise InvalidRequest when a secret cannot be a client secret of this (whole, checked) integration."""
         for value in values:
             _require_usable(self.catalog[draft.provider or ""], draft.config or {}, value)
 
-    async def _signing_ids(self, row: Integration, config: Mapping[str, Any]) -> frozenset[str] | None:
-        """Return the ids of the live client secrets if from now on they have to be private keys, and are (InvalidRequest).
+    async def _fitting_ids(self, row: Integration, config: Mapping[str, Any]) -> frozenset[str] | None:
+        """Return the ids of the live client secrets if from now on they are used in another way, and can be (InvalidRequest).
 
-        None where nothing changes in that.
+        A private key is never to become a secret that is sent. None where nothing changes in that.
         """
         provider = self.catalog.get(row.provider)
-        if (
-            provider is None
-            or not signs_with_its_secret(provider, config)
-            or signs_with_its_secret(provider, row.config)
-        ):
+        if provider is None or not _is_used_otherwise(provider, before=row.config, after=config):
             return None
-        live = await self.secrets(row.name)
-        problems = [key_problem(await self._client_secret(row.name, one.id)) for one in live]
+        signs, live = signs_with_its_secret(provider, config), await self.secrets(row.name)
+        problems = [key_problem(await self._client_secret(row.name, one.id), signs=signs) for one in live]
         if (problem := next(filter(None, problems), None)) is not None:
-            detail = f"a live client secret cannot sign ({problem}): delete it first"
+            what = "cannot sign" if signs else "cannot be sent"
+            detail = f"a live client secret {what} ({problem}): delete it first"
             raise InvalidRequest(errors=[FieldError("/config/client_auth", detail)])
         return frozenset(one.id for one in live)
 
@@ -463,7 +494,7 @@ class Integrations:
         Raises NotFound, InvalidRequest, Forbidden. A client secret that is live already is not added again.
         """
         seen = (await self.get(draft.name)).row
-        signing = await self._signing_ids(seen, merge_patch(seen.config, draft.config or {}))
+        fitting = await self._fitting_ids(seen, merge_patch(seen.config, draft.config or {}))
         stored = await self._stored(draft.name, draft.client_secret)
         changed = {
             name: value
@@ -477,7 +508,7 @@ class Integrations:
             self._checked(replace(draft, provider=row.provider), config)
             _require_admin(actor, before=before, after=config)
             _require_admin_for_endpoints(actor, before=before, after=config)
-            self._require_keys(session, row, config, signing, draft.client_secret)
+            self._require_keys(session, row, config, fitting, draft.client_secret)
             for name, value in {**changed, "config": config, "updated_at": now(session), "test_error": None}.items():
                 setattr(row, name, value)
             session.flush()
@@ -496,16 +527,16 @@ class Integrations:
         session: Session,
         row: Integration,
         config: Mapping[str, Any],
-        signing: frozenset[str] | None,
+        fitting: frozenset[str] | None,
         added: Secret | None,
     ) -> None:
-        """Raise what stands against client secrets that sign; ``signing`` are those that were looked at beforehand."""
+        """Raise what stands against the client secrets' use; ``fitting`` are those that were looked at beforehand."""
         provider = self.catalog[row.provider]
         if added is not None:
             _require_usable(provider, config, added)
-        if signs_with_its_secret(provider, config) and not signs_with_its_secret(provider, row.config):
+        if _is_used_otherwise(provider, before=row.config, after=config):
             live = session.exec(select(ClientSecret.id).where(ClientSecret.integration == row.name))
-            if signing is None or not signing >= set(live):
+            if fitting is None or not fitting >= set(live):
                 raise Conflict("the client secrets were changed meanwhile; try again")
 
     def _changeable(self, session: Session, draft: Draft) -> Integration:
@@ -881,6 +912,14 @@ def _require_admin_for_endpoints(
 ) -> None:
     if actor is not None and "admin" not in actor.roles and endpoint_fields(before) != endpoint_fields(after):
         raise Forbidden("only an admin may change where credentials go")
+
+
+def _is_used_otherwise(provider: Provider, *, before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
+    """Whether a change lets the client secrets sign, or sends them, that did not before; discovery is not looked at."""
+    signs = signs_with_its_secret(provider, after)
+    if signs:
+        return not signs_with_its_secret(provider, before)
+    return before.get("client_auth") != after.get("client_auth")
 
 
 def _require_usable(provider: Provider, config: Mapping[str, Any], secret: Secret) -> None:

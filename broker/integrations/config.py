@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from broker.egress import origin_of
 from broker.errors import FieldError, InvalidRequest
 from providers import PLACEHOLDER
-from providers.client_auth import signing_algorithm
+from providers.client_auth import holds_private_key, signing_algorithm
 from providers.spec import RESERVED_AUTHORIZE_PARAMS, ClientAuth, OAuth2, Provider, Secret, Variable
 
 NAME_PATTERN = r"[a-z0-9][a-z0-9_-]{0,62}"
@@ -109,7 +109,7 @@ class Endpoints:
     @cached_property
     def origins(self) -> dict[str, str]:
         """The origin of each place that a credential may go to: what a connection pins. Computed once; do not change it."""
-        places = {name.removesuffix("_url"): self.urls[name] for name in PINNED_URLS}
+        places = {name.removesuffix("_url"): self.urls.get(name, "") for name in PINNED_URLS}
         places.update({f"api:{name}": url for name, url in self.hosts.items()})
         return {name: origin_of(url) for name, url in places.items() if url}
 
@@ -185,13 +185,26 @@ def fits(variable: Variable, value: str) -> bool:
 def known_variables(
     provider: Provider, config: IntegrationConfig, given: Mapping[str, str] | None = None
 ) -> dict[str, str]:
-    """Return the variables that are known and fit: a connection's own, else the integration's, else the default (pure)."""
+    """Return the variables that are known and fit: the integration's, else a connection's own, else the default (pure).
+
+    What the integration sets is final: it says where the client's secret goes.
+    """
     found = {}
     for variable in provider.variables:
-        value = (given or {}).get(variable.name) or config.variables.get(variable.name) or variable.default
+        value = config.variables.get(variable.name) or (given or {}).get(variable.name) or variable.default
         if value and fits(variable, value):
             found[variable.name] = value
     return found
+
+
+def contradictions(config: Mapping[str, Any], given: Mapping[str, str]) -> list[FieldError]:
+    """Return which of the given variables differ from what a ``config`` sets; the same value is fine (pure)."""
+    final = config.get("variables", {})
+    return [
+        FieldError(f"/variables/{name}", "is set by the integration, to another value")
+        for name in sorted(given.keys() & final.keys())
+        if given[name] != final[name]
+    ]
 
 
 def filled(url: str, variables: Mapping[str, str]) -> str:
@@ -271,8 +284,10 @@ def signs_with_its_secret(provider: Provider, config: Mapping[str, Any]) -> bool
     return (config.get("client_auth") or own) == "private_key_jwt"
 
 
-def key_problem(secret: Secret) -> str | None:
-    """Return why a client secret cannot sign the client's assertions; None when it can (pure)."""
+def key_problem(secret: Secret, *, signs: bool = True) -> str | None:
+    """Return why a client secret cannot sign the client's assertions, or be one that is sent; None when it can (pure)."""
+    if not signs:
+        return "it is a private key" if holds_private_key(secret) else None
     try:
         signing_algorithm(secret)
     except ValueError as error:

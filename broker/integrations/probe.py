@@ -39,7 +39,8 @@ async def _checks(integrations: Integrations, egress: Egress, name: str) -> list
         configured = await integrations.configured(name)
     except BrokerError as error:
         return [_check("discovery", error.detail)]
-    checks = [_check("discovery", None)]
+    stale = "does not answer; the endpoints are those that were discovered before"
+    checks = [_check("discovery", stale if integrations.is_stale(configured) else None)]
     jwks_url = configured.endpoints.urls["jwks_url"]
     if jwks_url and configured.oauth2.openid:
         checks.append(await _jwks(integrations, jwks_url))
@@ -62,7 +63,9 @@ async def _client(integrations: Integrations, egress: Egress, configured: Config
         if not client.client_id:
             return _check("client", "the client id is missing")
         if not configured.endpoints.urls["token_url"]:
-            return _check("client", "the token endpoint has a variable that neither a default nor config.variables fills")
+            return _check(
+                "client", "the token endpoint has a variable that neither a default nor config.variables fills"
+            )
         request = exchange_request(
             configured.oauth2,
             token_url=configured.endpoints.urls["token_url"],

@@ -22,6 +22,7 @@ from sqlmodel import Session, col, select
 from broker import policy
 from broker.audit import Audit, Entry
 from broker.credentials import Claimed, Credentials, LeaseLost, require_lease, secret_owner
+from broker.credentials.usable import renewal_home
 from broker.database import Database, now
 from broker.errors import (
     BrokerError,
@@ -35,6 +36,7 @@ from broker.errors import (
     UpstreamTimeout,
 )
 from broker.models import Connection, Flow
+from broker.oauth.plan import planned_endpoints
 from broker.policy import Principal, Target
 from broker.sessions import live_session, same_digest
 from broker.vault import SecretNotFound, Vault
@@ -243,7 +245,7 @@ class Confirmations:
                 await self._require_only_one(pending, claimed.row)
                 await self._database.transaction(lambda session: _claim(session, flow.id))
                 async with self._claim_given_back(flow.id):
-                    value = await self._merged_value(pending, claimed)
+                    value = await self._merged_value(flow, pending, claimed)
                     version = await self._credentials.put(
                         existing_id, value, expected_version=claimed.row.secret_version
                     )
@@ -283,13 +285,13 @@ class Confirmations:
         if await self._database.read(lambda session: session.exec(other).first()) is not None:
             raise Conflict("this account is connected already")
 
-    async def _merged_value(self, pending: Connection, claimed: Claimed) -> dict[str, Any]:
+    async def _merged_value(self, flow: Flow, pending: Connection, claimed: Claimed) -> dict[str, Any]:
         try:
             _, value = await self._vault.get(secret_owner(pending.id), pending.secret_version)
         except SecretNotFound:
             raise _Lost from None
         row = claimed.row
-        coming = Newcomer(pending.account_id, pending.client_id, pending.pins)
+        coming = Newcomer(pending.account_id, pending.client_id, _places(flow, pending, row)[1])
         if "refresh_token" in value or not keeps_refresh_token(row, coming):
             return value
         _, old = await self._vault.get(secret_owner(row.id), row.secret_version)
@@ -325,7 +327,7 @@ class Confirmations:
             if row.status not in {claimed.row.status, "frozen"}:
                 raise Conflict("the connection of this account changed meanwhile; try again")
             tags = _merged_tags(flow, pending, row, principal)
-            changes = {**_moved(pending, row, merged.value), "secret_version": merged.version, "tags": tags}
+            changes = {**_moved(flow, pending, row, merged.value), "secret_version": merged.version, "tags": tags}
             for name, value in changes.items():
                 setattr(row, name, value)
             session.flush()
@@ -392,10 +394,29 @@ def keeps_refresh_token(row: Connection, coming: Newcomer) -> bool:
     Only of the very same account and client, while the old one is not known to be dead, and only if it would be sent where
     it was sent before: a credential never follows a changed setting.
     """
-    same = row.account_id is not None and row.account_id == coming.account_id and row.client_id == coming.client_id
+    same = _same_grant(row, coming.account_id, coming.client_id)
     homes = all(row.pins.get(name) == coming.pins.get(name) for name in ("token", "revoke"))
+    homes = homes and renewal_home(row.pins) == renewal_home(coming.pins)
     unmoved = all(coming.pins[name] == origin for name, origin in row.pins.items() if name in coming.pins)
     return row.refreshable and row.status in {"active", "frozen"} and same and homes and unmoved
+
+
+def _same_grant(row: Connection, account_id: str | None, client_id: str) -> bool:
+    return row.account_id is not None and row.account_id == account_id and row.client_id == client_id
+
+
+def _places(flow: Flow, pending: Connection, row: Connection) -> tuple[dict[str, str], dict[str, Any]]:
+    """Return the survivor's variables and pins: the newcomer's, and what only the old one knew of the same account (pure).
+
+    What the flow was planned with stands, a default too: by it the new credential was made. Hosts that need what was known
+    before are pinned as the plan has them.
+    """
+    settled = flow.plan.get("variables", {}).keys() | pending.variables.keys()
+    known = {name: value for name, value in row.variables.items() if name not in settled}
+    if not known or not _same_grant(row, pending.account_id, pending.client_id):
+        return dict(pending.variables), dict(pending.pins)
+    variables = {**known, **pending.variables}
+    return variables, dict(planned_endpoints(flow, variables).origins)
 
 
 def _require_fit(pending: Connection, row: Connection, subject: str) -> None:
@@ -406,6 +427,8 @@ def _require_fit(pending: Connection, row: Connection, subject: str) -> None:
         raise Conflict("the connection is another user's")
     if row.account_id not in {None, pending.account_id}:
         raise Conflict("the connection is another account's")
+    if row.credential_type != pending.credential_type:
+        raise Conflict("this account has a credential of another type, which would be lost; delete that first")
 
 
 def _merged_tags(flow: Flow, pending: Connection, row: Connection, principal: Principal | None) -> dict[str, str]:
@@ -470,30 +493,31 @@ def _subject_fits(flow: Flow, wanted: Confirm, *, without_return_to: bool) -> bo
     return flow.return_to == wanted.return_to
 
 
-def _moved(pending: Connection, row: Connection, value: Mapping[str, Any]) -> dict[str, Any]:
+def _moved(flow: Flow, pending: Connection, row: Connection, value: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the surviving connection takes over; a freeze stays a freeze. ``value`` is its secret from now on."""
     copied = (
         "scopes",
         "missing_scopes",
         "token_expires_at",
-        "pins",
-        "variables",
         "client_id",
         "flow_id",
         "account_name",
         "account_email",
     )
     own = pending.refreshable or "refresh_token" not in value
+    variables, pins = _places(flow, pending, row)
     return {
         **{name: getattr(pending, name) for name in copied},
+        "variables": variables,
+        "pins": pins,
         "account_id": pending.account_id or row.account_id,
         "refresh_expires_at": pending.refresh_expires_at if own else row.refresh_expires_at,
-        "credential_type": "oauth2",
         "refreshable": "refresh_token" in value,
         "status": "frozen" if row.status == "frozen" else "active",
         "status_reason": row.status_reason if row.status == "frozen" else None,
         "refresh_failures": 0,
         "unknown_outcomes": 0,
+        "refusals": 0,
         "refresh_not_before_at": None,
     }
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import sqlalchemy as sa
 import structlog
-from sqlmodel import Session, col, select
+from sqlmodel import Session, col
 
 from broker import policy
 from broker.audit import Audit, Entry
@@ -25,6 +25,7 @@ from broker.database import Database, now
 from broker.egress import Egress
 from broker.errors import (
     BrokerError,
+    Conflict,
     FieldError,
     FlowError,
     InvalidRequest,
@@ -32,9 +33,9 @@ from broker.errors import (
     ProviderUnavailable,
     UpstreamInvalid,
 )
-from broker.integrations import Configured, Integrations
-from broker.integrations.config import fits
-from broker.models import Connection, DeviceFlow, Flow, new_id
+from broker.integrations import MOST_SECRETS, Configured, Integrations
+from broker.integrations.config import IntegrationConfig, contradictions, fits
+from broker.models import Connection, DeviceFlow, Flow, Integration, new_id
 from broker.oauth.confirm import Confirmations
 from broker.oauth.exchange import Exchange
 from broker.oauth.outcome import pending_connection
@@ -57,7 +58,9 @@ from broker.vault import SecretUnreadable, Vault
 from broker.vault.keyring import Sealer
 from providers.spec import Provider, Secret
 
-AT_ONCE = 50
+AT_ONCE = 200
+AT_ONCE_FOR_ONE = 20  # integration: one whose provider hangs keeps nobody else waiting
+REQUESTS_BESIDES = 4  # of a poll: for who the account is
 SLOW_DOWN_SECONDS = 5.0  # RFC 8628 3.5
 LONGEST_PAUSE_SECONDS = 60.0
 KEEP_PENDING_SECONDS = 600.0
@@ -128,6 +131,7 @@ class DeviceFlows:
         self._audit = audit
         self._settings = settings
         self._metrics = metrics
+        self._running: dict[asyncio.Task[None], str] = {}  # polls, by integration
 
     async def start(self, wanted: Wanted, principal: Principal) -> DeviceFlow:
         """Ask the provider for a code and return what the user needs.
@@ -164,7 +168,7 @@ class DeviceFlows:
 
     async def _planned(self, wanted: Wanted) -> tuple[Configured, Flow]:
         view = await self._integrations.get(wanted.integration)
-        _require_fitting(wanted.variables, self._integrations.catalog.get(view.row.provider))
+        _require_fitting(wanted.variables, self._integrations.catalog.get(view.row.provider), view.row.config)
         configured = await self._integrations.configured(wanted.integration, variables=wanted.variables)
         urls = configured.endpoints.urls
         if view.status in {"inactive", "configuring"} or not (urls.get("device_url") and urls.get("token_url")):
@@ -201,21 +205,44 @@ class DeviceFlows:
     # Polling, for the worker
 
     async def poll_due(self) -> int:
-        """Poll every device flow that is due, once; return how many were claimed. A failure of one stops no other."""
+        """Poll the device flows that are due, once; return how many were claimed. A failure of one stops no other."""
+        begun = await self._begin()
+        await asyncio.gather(*begun)
+        return len(begun)
 
-        def work(session: Session) -> list[str]:
-            due = select(DeviceFlow.id).where(DeviceFlow.status == "pending", col(DeviceFlow.poll_at) <= now(session))
-            return list(session.exec(due.order_by(col(DeviceFlow.poll_at)).limit(AT_ONCE)))
+    async def begin_polls(self) -> None:
+        """Begin the polls that are due, some at once for each integration, and wait for none."""
+        await self._begin()
 
-        found = await self._database.read(work)
-        claimed = [row for device_id in found if (row := await self._claim(device_id)) is not None]
-        await asyncio.gather(*(self._polled(row, flow) for row, flow in claimed))
-        return len(claimed)
+    async def finish(self) -> None:
+        """Wait until no poll runs: an answer may hold a token that comes only once."""
+        while self._running:
+            await asyncio.wait(set(self._running))
+
+    async def _begin(self) -> list[asyncio.Task[None]]:
+        begun: list[asyncio.Task[None]] = []
+        for device_id, integration in await self._database.read(_due):
+            mine = sum(name == integration for name in self._running.values())
+            if (
+                mine < AT_ONCE_FOR_ONE
+                and len(self._running) < AT_ONCE
+                and (claimed := await self._claim(device_id)) is not None
+            ):
+                task = asyncio.create_task(self._polled(*claimed))
+                self._running[task] = integration
+                task.add_done_callback(self._over)
+                begun.append(task)
+        return begun
+
+    def _over(self, done: asyncio.Task[None]) -> None:
+        integration = self._running.pop(done)
+        if not done.cancelled() and (error := done.exception()) is not None:
+            log.error("worker.failed", job="device_polls", integration=integration, exc_info=error)
 
     async def _claim(self, device_id: str) -> tuple[DeviceFlow, Flow] | None:
-        """Take a poll by moving it ahead by more than it may last; None when another worker was faster."""
+        """Take a poll by moving it ahead by more than it may last; None when another worker was faster, or it is over."""
 
-        def work(session: Session) -> tuple[DeviceFlow, Flow] | None:
+        def work(session: Session) -> tuple[DeviceFlow, Flow | None] | None:
             at = now(session)
             mine = sa.update(DeviceFlow).where(
                 col(DeviceFlow.id) == device_id, col(DeviceFlow.status) == "pending", col(DeviceFlow.poll_at) <= at
@@ -223,21 +250,31 @@ class DeviceFlows:
             if session.execute(mine.values(poll_at=at + LONGEST_PAUSE_SECONDS)).rowcount != 1:  # type: ignore[attr-defined]
                 return None
             row = session.get(DeviceFlow, device_id, populate_existing=True)
-            flow = session.get(Flow, row.flow_id) if row is not None else None
-            if row is None or flow is None:
+            if row is None:
                 return None
-            if row.expires_at <= at and row.connection_id is None:
+            flow = session.get(Flow, row.flow_id)
+            if flow is None or (row.expires_at <= at and row.connection_id is None):
                 self._ended(session, row, "expired", None)
-                return None
+            else:
+                row.poll_at = at + _lasts_seconds(session.get(Integration, row.integration))
+                session.flush()
             return row, flow
 
-        return await self._database.transaction(work)
+        claimed = await self._database.transaction(work)
+        if claimed is None:
+            return None
+        row, flow = claimed
+        if flow is not None and row.status == "pending":
+            return row, flow
+        if flow is not None:
+            self._metrics.flow(flow.plan["provider"], row.status)
+        return None
 
     async def _polled(self, row: DeviceFlow, flow: Flow) -> None:
         try:
             await self._poll(row, flow)
         except FlowError as error:
-            await self._end(row, "failed", error.flow_code)
+            await self._end(row, flow, "failed", error.flow_code)
         except BrokerError as error:  # nobody answered, or our own database: back off (RFC 8628 3.5)
             log.warning("device.poll_failed", device_id=row.id, integration=row.integration, code=error.code)
             await self._wait(row, Pace(row.interval_seconds, row.failures + 1))
@@ -257,7 +294,7 @@ class DeviceFlows:
         if isinstance(following, Pace):
             await self._wait(row, following)
         else:
-            await self._end(row, following, answer.error)
+            await self._end(row, flow, following, answer.error)
 
     async def _asked(
         self, row: DeviceFlow, flow: Flow, configured: Configured
@@ -331,26 +368,47 @@ class DeviceFlows:
         """Make the pending connection active, or merge it, in the name of the caller who started the flow.
 
         A conflict (its account's connection is busy) is tried again; FlowError when the caller may no longer do this, or the
-        pending connection is gone.
+        pending connection is gone. What was activated before a crash, or by another worker, is only recorded.
         """
-        pending, principal = await self._database.read(
-            lambda session: (session.get(Connection, row.connection_id), standing(session, row.created_by or ""))
+        current, pending, principal = await self._database.read(
+            lambda session: (
+                session.get(Flow, flow.id),
+                session.get(Connection, row.connection_id),
+                standing(session, row.created_by or ""),
+            )
         )
+        if current is not None and current.confirmed_at is not None:
+            await self._end(row, flow, "connected", None, connection_id=current.surviving_id)
+            return
         target = Target(row.integration, row.subject, {})
         if pending is None or principal is None or not policy.allowed(principal, "connect", target):
             raise FlowError("access_denied")
-        survivor = await self._confirmations.activate_device(flow, pending, principal)
-        await self._end(row, "connected", None, connection_id=survivor.id)
+        try:
+            survivor = await self._confirmations.activate_device(flow, pending, principal)
+        except FlowError:
+            await self._require_over(flow.id)
+            raise
+        await self._end(row, flow, "connected", None, connection_id=survivor.id)
 
-    async def _end(self, row: DeviceFlow, status: str, reason: str | None, *, connection_id: str | None = None) -> None:
-        def work(session: Session) -> None:
+    async def _require_over(self, flow_id: str) -> None:
+        """Raise Conflict where another worker has activated a flow meanwhile, or a claim that a crash left is in the way."""
+        flow = await self._database.read(lambda session: session.get(Flow, flow_id))
+        if flow is not None and (flow.confirmed_at is not None or (flow.confirm_claimed_at and flow.burnt_at is None)):
+            raise Conflict("the connection is being activated")
+
+    async def _end(
+        self, row: DeviceFlow, flow: Flow, status: str, reason: str | None, *, connection_id: str | None = None
+    ) -> None:
+        def work(session: Session) -> bool:
             current = session.get(DeviceFlow, row.id)
-            if current is not None and current.status == "pending":
-                current.connection_id = connection_id
-                self._ended(session, current, status, reason)
+            if current is None or current.status != "pending":
+                return False
+            current.connection_id = connection_id
+            self._ended(session, current, status, reason)
+            return True
 
-        await self._database.transaction(work)
-        self._metrics.flow(row.integration, status)
+        if await self._database.transaction(work):
+            self._metrics.flow(flow.plan["provider"], status)
 
     def _ended(self, session: Session, row: DeviceFlow, status: str, reason: str | None) -> None:
         row.status, row.status_reason, row.sealed_device_code = status, reason, None
@@ -360,14 +418,36 @@ class DeviceFlows:
         self._audit.append(session, _entry(f"device.{status}", row, "worker", outcome=outcome, **detail))
 
 
-def _require_fitting(given: Mapping[str, str], provider: Provider | None) -> None:
-    """Raise InvalidRequest for variables that are unknown or do not fit: they become part of a host."""
+def _due(session: Session) -> list[tuple[str, str]]:
+    """Return device flows to poll now with their integrations, of each the first few, so that none hides another's."""
+    place = sa.func.row_number().over(partition_by=col(DeviceFlow.integration), order_by=col(DeviceFlow.poll_at))
+    due = (
+        sa.select(col(DeviceFlow.id), col(DeviceFlow.integration), place.label("place"))
+        .where(col(DeviceFlow.status) == "pending", col(DeviceFlow.poll_at) <= now(session))
+        .subquery()
+    )
+    first = sa.select(due.c.id, due.c.integration).where(due.c.place <= AT_ONCE_FOR_ONE).order_by(due.c.place)
+    return [(device_id, integration) for device_id, integration in session.execute(first.limit(AT_ONCE))]
+
+
+def _lasts_seconds(integration: Integration | None) -> float:
+    """Return for how long a poll may last: its time limit for each client secret and for each request after the token."""
+    if integration is None:
+        return LONGEST_PAUSE_SECONDS
+    timeout_seconds: float = integration.config.get("timeout_seconds", IntegrationConfig().timeout_seconds)
+    return LONGEST_PAUSE_SECONDS + timeout_seconds * (MOST_SECRETS + REQUESTS_BESIDES)
+
+
+def _require_fitting(given: Mapping[str, str], provider: Provider | None, config: Mapping[str, Any]) -> None:
+    """Raise InvalidRequest for variables that are unknown, do not fit, or are settled: they become part of a host."""
     declared = {variable.name: variable for variable in provider.variables} if provider is not None else {}
     for name, value in given.items():
         if name not in declared:
             raise InvalidRequest(errors=[FieldError("/variables", "names one that is not used here")])
         if not fits(declared[name], value):
             raise InvalidRequest(errors=[FieldError(f"/variables/{name}", f"must look like {declared[name].example}")])
+    if problems := contradictions(config, given):
+        raise InvalidRequest(errors=problems)
 
 
 def _device_row(flow: Flow, answer: DeviceAnswer, principal: Principal) -> DeviceFlow:

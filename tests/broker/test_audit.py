@@ -24,11 +24,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlmodel import Session
 
-from broker.audit import GENESIS, Audit, Entry, Verification, open_audit
+from broker.audit import GENESIS, STRETCH, Audit, Entry, Verification, open_audit
 from broker.audit.chain import keys_of
 from broker.audit.checkpoints import signed
 from broker.audit.head import Head
-from broker.database import Database, DriverFault, PostgresDatabase, SqliteDatabase, open_database
+from broker.audit.records import HANDED_OUT, newest
+from broker.database import Database, DriverFault, PostgresDatabase, SqliteDatabase, now, open_database, opened
 from broker.errors import AuditUnavailable, DatabaseUnavailable
 from broker.models import AuditCheckpoint, AuditHead, AuditRecord, SystemKey
 from broker.settings import Secret, Settings
@@ -102,6 +103,36 @@ async def test_a_record_is_in_the_chain_when_its_id_comes_back(audit: Audit, dat
         "subject_digest": audit.subject_digest("acme:42"), "detail": {"n": 7}, "key_id": "", "chain": "",
     }  # fmt: skip
     assert await audit.verify() == Verification(ok=True, count=1)
+
+
+async def test_groups_one_after_the_other_make_one_chain(audit: Audit, database: Database) -> None:
+    for number in range(4):  # from the third on, the head is known to this process
+        await asyncio.gather(*(audit.record(entry(number)) for _ in range(3)))
+    await write(audit, database, entry(5))  # behind its back
+    for number in range(4):
+        await asyncio.gather(*(audit.record(entry(number)) for _ in range(3)))
+    assert await audit.verify() == Verification(ok=True, count=25)
+    times = [row["at"] for row in await rows_of(database, RECORDS)]
+    assert max(times) - min(times) < 60
+    assert abs(times[-1] - await database.read(now)) < 5
+
+
+async def test_two_processes_that_write_in_turn_make_one_chain(database: Database) -> None:
+    one, other = (Audit(database, bytes(32), sinks=["database"], checkpoints=[]) for _ in range(2))
+    for turn in (one, one, one, other, one, one, one, other, other, other, one):
+        await turn.record(entry(1))
+    await asyncio.gather(*(audit.record(entry(2)) for audit in (one, other) * 10))
+    assert await one.verify() == Verification(ok=True, count=31)
+
+
+async def test_a_head_that_was_changed_is_never_written_on_by_who_knew_it(audit: Audit, database: Database) -> None:
+    for _ in range(3):
+        await audit.record(entry(1))
+    await execute(database, "UPDATE audit_head SET mac = 'x'")
+    for _ in range(2):
+        with pytest.raises(AuditUnavailable):
+            await audit.record(entry(1))
+    assert len(await rows_of(database, RECORDS)) == 3
 
 
 async def test_an_empty_chain_verifies(audit: Audit) -> None:
@@ -972,6 +1003,34 @@ async def test_search_is_newest_first_and_filters_by_every_field(audit: Audit, d
     assert await numbers(since=later) == [5, 4, 3, 2]
     assert await numbers(until=later) == [1]
     assert await numbers(since=first["at"], until=later, actor="a") == [1]
+
+
+async def test_search_walks_past_records_that_do_not_fit(audit: Audit, database: Database) -> None:
+    await write(audit, database, entry(1, action=HANDED_OUT, actor="a"), entry(2, action="x.y", actor="a"))
+    for _ in range(3):
+        await write(audit, database, *(entry(0, action=HANDED_OUT, actor="b") for _ in range(STRETCH // 2)))
+
+    async def numbers(**filters: Any) -> list[int]:
+        return [record.number for record in await audit.search(**{"limit": 10} | filters)]
+
+    newest = 2 + 3 * (STRETCH // 2)
+    assert await numbers(actor="a") == [2, 1]
+    assert await numbers(actor="a", action=HANDED_OUT, limit=1) == [1]
+    assert await numbers(action="x.y") == [2]
+    assert await numbers(actor="a", before_number=2) == [1]
+    assert await numbers(actor="nobody") == []
+    assert (await numbers())[0] == newest
+    assert await numbers(limit=1, before_number=newest - STRETCH - 5) == [newest - STRETCH - 6]
+
+
+async def test_other_actions_than_hand_outs_are_found_by_their_index(sqlite_url: str) -> None:
+    async with opened(sqlite_url) as database:
+        query = newest({"action": "x.y"}, since=None, until=None)
+        text = str(query.compile(compile_kwargs={"literal_binds": True}))
+        plan = await database.read(
+            lambda session: str(session.connection().execute(sa.text(f"EXPLAIN QUERY PLAN {text}")).all())
+        )
+    assert "ix_audit_records_rare" in plan
 
 
 async def test_an_erased_subject_is_gone_and_the_chain_still_verifies(audit: Audit, database: Database) -> None:

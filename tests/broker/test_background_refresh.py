@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from broker.app import Parts
 from broker.background_refresh import BackgroundRefresh
+from broker.credentials import secret_owner
 from broker.database import now
 from broker.imports import Import
 from broker.integrations import Draft
@@ -34,11 +35,16 @@ class Providers:
     def __init__(self) -> None:
         self.always: dict[str, Reply] = {"/good": FINE, "/bad": (503, {})}
         self.asked: dict[str, list[float]] = {"/good": [], "/bad": []}
+        self.refused: set[str] = set()
+        self.answer_otherwise: Callable[[Seen], Reply] | None = None
         self.base = ""
 
     def answer(self, seen: Seen) -> Reply:
         self.asked[seen.path].append(time.monotonic())
-        return self.always[seen.path]
+        if self.answer_otherwise is not None:
+            return self.answer_otherwise(seen)
+        refused = seen.form.get("refresh_token") in self.refused
+        return (400, {"error": "invalid_request"}) if refused else self.always[seen.path]
 
 
 @pytest.fixture
@@ -54,8 +60,9 @@ async def parts(tmp_path: Path, providers: Providers) -> AsyncIterator[Parts]:
     from broker.app import open_parts  # noqa: PLC0415 - the fixture's own
 
     async with open_parts(settings_for(tmp_path, "http://127.0.0.1:1")) as opened:
-        for name in ("good", "bad"):
-            urls = {"authorize_url": f"{providers.base}/a", "token_url": f"{providers.base}/{name}"}
+        tokens = {"good": f"{providers.base}/good", "bad": f"{providers.base}/bad", "gone": "http://127.0.0.1:1/token"}
+        for name, token_url in tokens.items():
+            urls = {"authorize_url": f"{providers.base}/a", "token_url": token_url}
             config = {**urls, "jwks_url": f"{providers.base}/j", "userinfo_url": f"{providers.base}/u"}
             draft = Draft(name, "oidc", client_id=name, client_secret=Secret("s"), scopes=["read"], config=config)
             await opened.integrations.create(draft, ADMIN)
@@ -108,7 +115,59 @@ async def test_after_an_outage_one_tries_before_the_others_follow(parts: Parts, 
     for one in ids:
         await set_row(parts.database, one, refresh_not_before_at=None)
     assert await background.refresh_due() == 12
-    assert background._lanes["bad"] == Lane()
+    assert background._lanes == {}, "what is well needs no memory"
+
+
+async def test_connections_that_are_refused_one_by_one_hold_up_no_other(parts: Parts, providers: Providers) -> None:
+    providers.refused = {f"r{number}" for number in range(14)}
+    ids = await due(parts, "good", 30)
+    background = lanes(parts)
+    assert await background.refresh_due() == 30
+    assert all([(await row_of(parts.database, one)).refreshed_at for one in ids[14:]])
+    assert background._lanes == {}
+
+
+async def test_a_secret_that_does_not_open_rests_by_itself(parts: Parts, providers: Providers) -> None:
+    ids = await due(parts, "good", 2)
+    await parts.vault.destroy(secret_owner(ids[0]))
+    background = lanes(parts)
+    assert await background.refresh_due() == 2
+    assert (await row_of(parts.database, ids[1])).refreshed_at is not None
+    assert set(background._resting) == {ids[0]}
+    assert await background.refresh_due() == 0
+
+
+@pytest.mark.parametrize(("variables", "rests"), [({}, True), ({"shop": "one"}, False)])
+async def test_unreachable_is_the_providers_trouble_unless_each_connection_has_hosts_of_its_own(
+    parts: Parts,
+    variables: dict[str, str],
+    rests: bool,  # noqa: FBT001
+) -> None:
+    for one in await due(parts, "gone", 15):
+        await set_row(parts.database, one, variables=variables)
+    background = lanes(parts)
+    tried = await background.refresh_due()
+    assert (tried < 15, "gone" in background._lanes) == (rests, rests)
+
+
+async def test_a_provider_that_does_not_answer_is_in_trouble(parts: Parts, providers: Providers) -> None:
+    def hang_up(_: Seen) -> Reply:
+        raise ConnectionResetError
+
+    await due(parts, "bad", 15)
+    providers.answer_otherwise = hang_up
+    background = lanes(parts)
+    await background.refresh_due()
+    assert background._lanes["bad"].failures >= FAILURES_BEFORE_REST
+
+
+async def test_what_is_over_is_forgotten(parts: Parts) -> None:
+    background, at = lanes(parts), time.monotonic()
+    background._resting = {"over": at - 1, "rests": at + 60}
+    background._lanes = {"gone": Lane(5, at - 4000), "well": Lane(0, at - 1), "lately": Lane(5, at - 60)}
+    await background.begin()
+    assert set(background._resting) == {"rests"}
+    assert set(background._lanes) == {"lately"}
 
 
 async def test_retry_after_holds_for_the_whole_lane(parts: Parts, providers: Providers) -> None:

@@ -1,4 +1,4 @@
-"""What a hand-out is made of besides the secret: snapshots of rows, the last use, and ids in the order of time."""
+"""What a hand-out is made of: snapshots of rows, the token, its renewal, the last use, and ids in the order of time."""
 
 from __future__ import annotations
 
@@ -8,10 +8,17 @@ from typing import Any
 import pytest
 from sqlmodel import Session
 
+from broker.credentials.handing_out import handout_of
 from broker.credentials.last_use import LARGEST, LastUse
+from broker.credentials.renewals import Renewal, requests_for
 from broker.credentials.snapshots import Snapshot, find_snapshots, snapshots_of
 from broker.database import Database, now
+from broker.errors import OriginChanged, ProviderUnavailable
+from broker.integrations import Configured
+from broker.integrations.config import parse_config, static_endpoints
 from broker.models import Connection, Integration, new_id, new_ordered_ids
+from broker.token_endpoint import Client
+from providers.spec import OAuth2, Provider
 
 TAGS, PINS = {"team": "a"}, {"token": "https://provider.example"}
 
@@ -61,6 +68,52 @@ async def test_a_subjects_connections_are_those_that_could_be_handed_out(databas
     await stored(database, connection("con_a"), connection("con_b", **gone), connection("con_c", **waiting))
     found = await database.query(lambda one: snapshots_of(one, "one", "acme:1"))
     assert [one.id for one in found] == ["con_a"]
+
+
+# The token
+
+
+def test_no_token_is_no_hand_out() -> None:
+    row, value = connection("con_1", credential_type="robot"), {"type": "robot", "material": {}}
+    with pytest.raises(ProviderUnavailable):
+        handout_of(row, value, stale=False)
+    assert handout_of(row, {**value, "access_token": "at"}, stale=False).access_token.reveal() == "at"
+
+
+def renewal(pins: dict[str, str], **urls: str) -> Renewal:
+    """Return a renewal of a connection with these pins, at a provider that has these addresses."""
+    provider = Provider("p", "P", "https://docs.example", oauth2=OAuth2(**urls))  # type: ignore[arg-type] # addresses only
+    config = parse_config({}, provider, development=False)
+    endpoints = static_endpoints(provider, config, {})
+    configured = Configured(
+        Integration(name="i", provider="p", created_at=0, updated_at=0), provider, config, endpoints, endpoints, {}
+    )
+    value, client = {"type": "oauth2", "refresh_token": "rt"}, Client("c", (), "none")
+    return Renewal(connection("con_1", pins=pins), value, configured, client, "https://broker.example/callback", 1.0)
+
+
+@pytest.mark.parametrize(
+    ("pins", "refresh_url", "sent"),
+    [
+        ({"token": "https://id.example"}, "", True),
+        ({"token": "https://id.example"}, "https://id.example/refresh", True),
+        ({"token": "https://id.example"}, "https://evil.example/refresh", False),
+        ({"token": "https://id.example", "refresh": "https://re.example"}, "https://re.example/refresh", True),
+        ({"token": "https://id.example", "refresh": "https://re.example"}, "", False),
+        ({"token": "https://id.example", "api:": "https://evil.example"}, "https://evil.example/refresh", False),
+        ({}, "", False),
+    ],
+)
+def test_a_refresh_token_goes_only_where_refresh_tokens_were_pinned_to(
+    pins: dict[str, str], refresh_url: str, *, sent: bool
+) -> None:
+    wanted = renewal(pins, token_url="https://id.example/token", refresh_url=refresh_url)
+    if not sent:
+        with pytest.raises(OriginChanged):
+            requests_for(wanted)
+        return
+    (request,) = requests_for(wanted)
+    assert request.url == (refresh_url or "https://id.example/token")
 
 
 async def last_uses(database: Database, ids: list[str]) -> list[float | None]:

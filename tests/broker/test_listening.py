@@ -39,10 +39,10 @@ async def echo(scope: Any, receive: Any, send: Any) -> None:
 
 
 @contextlib.asynccontextmanager
-async def served(protocol: type[asyncio.Protocol] = BoundedHttp) -> AsyncIterator[int]:
-    """Serve ``echo``; yield the port."""
+async def served(protocol: type[asyncio.Protocol] = BoundedHttp, app: Any = echo) -> AsyncIterator[int]:
+    """Serve ``app``; yield the port."""
     listener = reserved_socket()
-    config = uvicorn.Config(echo, http=protocol, access_log=False, log_config=None, lifespan="off")
+    config = uvicorn.Config(app, http=protocol, access_log=False, log_config=None, lifespan="off")
     server = uvicorn.Server(config)
     server.install_signal_handlers = lambda: None  # type: ignore[attr-defined] # the test owns them
     task = asyncio.create_task(server.serve(sockets=[listener]))
@@ -55,8 +55,10 @@ async def served(protocol: type[asyncio.Protocol] = BoundedHttp) -> AsyncIterato
         await task
 
 
-async def said(port: int, pieces: Iterable[bytes], *, pause_seconds: float = 0.0) -> bytes:
-    """Send pieces until the server hangs up or they are over; return all that it says in two seconds at most."""
+async def said(
+    port: int, pieces: Iterable[bytes], *, pause_seconds: float = 0.0, patience_seconds: float = 2.0
+) -> bytes:
+    """Send pieces until the server hangs up or they are over; return all that it says in that time at most."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     with contextlib.suppress(ConnectionError):
         for piece in pieces:
@@ -65,7 +67,7 @@ async def said(port: int, pieces: Iterable[bytes], *, pause_seconds: float = 0.0
             await asyncio.sleep(pause_seconds)
     heard = b""
     with contextlib.suppress(ConnectionError, TimeoutError):
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(patience_seconds):
             while piece := await reader.read(65_536):
                 heard += piece
             heard += b"<closed>"
@@ -134,3 +136,43 @@ async def test_the_clock_of_a_second_head_does_not_cut_the_first_answer() -> Non
         heard = await said(port, [first, b"GET / HT"], pause_seconds=0.05)
         assert b"200 OK" in heard
         assert heard.endswith(b"<closed>")
+
+
+async def pieces(scope: Any, _receive: Any, send: Any) -> None:
+    """Answer in the way that the path names."""
+    fields = [(b"x-one", b"1"), (b"content-length", b"4")]
+    fields += [(b"Connection", b"close")] if scope["path"] == "/closing" else []
+    fields = [(b"x-one", b"1\r\nx-two: 2"), *fields] if scope["path"] == "/forged" else fields
+    fields = fields[:1] if scope["path"] == "/unmeasured" else fields
+    await send({"type": "http.response.start", "status": 200, "headers": fields})
+    if scope["path"] == "/pieces":
+        await send({"type": "http.response.body", "body": b"bo", "more_body": True})
+    if scope["path"] != "/nothing":
+        await send({"type": "http.response.body", "body": b"body" if scope["path"] != "/pieces" else b"dy"})
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "rest"),
+    [
+        ("GET /whole", b"200 OK", b"content-length: 4\r\n\r\nbody"),
+        ("GET /pieces", b"200 OK", b"content-length: 4\r\n\r\nbody"),
+        ("GET /closing", b"200 OK", b"connection: close\r\n\r\nbody<closed>"),
+        ("GET /unmeasured", b"200 OK", b"transfer-encoding: chunked\r\n\r\n4\r\nbody\r\n0\r\n\r\n"),
+        ("HEAD /whole", b"200 OK", b"content-length: 4\r\n\r\n"),
+        ("GET /forged", b"", b"<closed>"),
+        ("GET /nothing", b"500 ", b"Internal Server Error<closed>"),
+    ],
+)
+async def test_an_answer_is_the_same_however_its_parts_come(path: str, status: bytes, rest: bytes) -> None:
+    async with served(app=pieces) as port:
+        heard = await said(port, [f"{path} HTTP/1.1\r\nHost: x\r\n\r\n".encode()], patience_seconds=0.3)
+    assert heard.startswith(b"HTTP/1.1 " + status if status else rest)
+    assert heard.endswith(rest)
+    assert b"x-two" not in heard
+
+
+async def test_a_connection_serves_one_request_after_the_other() -> None:
+    request = START + b"Content-Length: 3\r\n\r\nabc"
+    async with served(Hurried) as port:
+        heard = await said(port, [request] * 3 + [request * 2], pause_seconds=0.2)
+    assert heard.count(b"\r\n\r\n3") == 5

@@ -102,6 +102,13 @@ async def test_a_second_migration_changes_nothing_and_keeps_the_data(database: D
     assert (row.key_id, row.check_value, row.created_at) == ("k", "v", 1.25)
 
 
+async def test_a_schema_that_is_newer_than_the_code_is_left_as_it_is(database: Database) -> None:
+    newer = sa.text("UPDATE alembic_version SET version_num = '9999'")
+    await database.transaction(lambda session: session.execute(newer))
+    await database.migrate()
+    assert await database.schema_revision() == "9999"
+
+
 async def test_processes_that_migrate_the_same_empty_database_at_once_all_succeed(empty_database_url: str) -> None:
     outcomes = await _processes_migrate(empty_database_url, 3)
     assert outcomes == [(0, "0002", "")] * 3

@@ -114,10 +114,22 @@ def test_a_token_that_was_just_renewed_is_served_whatever_min_ttl_says(
         ({"expires_at": NOW + 5, "refreshable": False}, Ask(), "serve"),
         ({"expires_at": NOW + 5, "not_before_at": NOW + 1}, Ask(), "stale"),
         ({"expires_at": NOW + 5, "not_before_at": NOW - 1}, Ask(), "renew"),
+        ({"has_token": False}, Ask(), "renew"),
+        ({"has_token": False, "expires_at": None}, Ask(), "renew"),
     ],
 )
 def test_decide(change: dict[str, float | None], ask: Ask, choice: str) -> None:
     assert decide(replace(HELD, **change), ask, NOW) == choice  # type: ignore[arg-type] # names and kinds fit
+
+
+def test_a_token_that_is_not_there_is_never_served() -> None:
+    missing = replace(HELD, has_token=False)
+    with pytest.raises(ProviderUnavailable):
+        decide(replace(missing, not_before_at=NOW + 1), Ask(), NOW)
+    with pytest.raises(ReauthorizationRequired):
+        decide(replace(missing, refreshable=False), Ask(), NOW)
+    with pytest.raises(ProviderUnavailable):
+        after_failure(missing, Ask(), NOW, ProviderUnavailable())
 
 
 def test_force_says_when_it_may_be_used_again() -> None:

@@ -23,6 +23,7 @@ from broker.errors import DatabaseUnavailable, NotFound
 from broker.models import (
     BrowserSession,
     Connection,
+    DeviceFlow,
     Flow,
     IdempotentAnswer,
     IntegrationLog,
@@ -231,7 +232,7 @@ async def test_what_serves_nobody_any_more_is_deleted(rig: Rig) -> None:
         )
     )
     await worker_of(rig).forget_old()
-    for table in (BrowserSession, IdempotentAnswer, IntegrationLog):
+    for table in (BrowserSession, DeviceFlow, IdempotentAnswer, IntegrationLog):
         rows = [row for row in await everything(database, table) if "test" in row.model_dump_json()]
         assert len(rows) == 1, table
     flows = await everything(database, Flow)
@@ -259,6 +260,18 @@ def tidied(at: float) -> list[SQLModel]:
             outcome_until=at,
         ),
         BrowserSession(id=new_id("ses"), token_digest=mark, caller_id="c", subject="s", created_at=at, expires_at=at),
+        DeviceFlow(
+            id=new_id("dev"),
+            flow_id=mark,
+            integration="test",
+            subject="s",
+            user_code="c",
+            verification_uri="u",
+            interval_seconds=5.0,
+            poll_at=at,
+            created_at=at,
+            expires_at=at,
+        ),
         IdempotentAnswer(id=new_id("ida"), caller_id="c", key_digest=mark, request_digest="r", created_at=at),
         IntegrationLog(integration="test", at=at, level="info", action="a", text="t"),
     ]

@@ -10,6 +10,7 @@ import pytest
 import sqlalchemy as sa
 from sqlmodel import col
 
+from broker.cli.running import OPERATOR
 from broker.demo.sandbox import fault
 from broker.models import Connection, SealedSecret
 from tests.flows.api_calls import check_problem, grant, import_body, imported, unused
@@ -168,9 +169,11 @@ async def test_an_import_revives_what_was_given_up_but_not_what_is_frozen(shared
             "status_reason": "why",
             "refresh_not_before_at": 9e9,
             "missing_scopes": ["x"],
+            "refusals": 2,
         }
         await run(shared, change.values(**values))
         again = await imported(shared, subject, account="1")
+        assert (await shared.parts.connections.get(again["id"], OPERATOR)).refusals == 0
         assert (again["status"], again["missing_scopes"]) == (expected, [])
         assert again["status_reason"] == ("why" if status == "frozen" else None)
 
@@ -274,6 +277,16 @@ async def test_an_import_that_claims_an_account_does_not_keep_its_grant_alive(sh
     answer = await shared.call("DELETE", f"/v1/connections/{connection['id']}")
     assert answer.json()["revocation"] == "revoked"
     assert (await shared.whoami(token)).status_code == 401
+
+
+async def test_accounts_that_nobody_knows_count_as_one_for_the_same_subject_only(shared: Rig) -> None:
+    owner = unused("acme:")
+    first, second, other = [await shared.connected(one, person()) for one in (owner, owner, unused("acme:"))]
+    theirs = col(Connection.id).in_([first["id"], second["id"], other["id"]])
+    await run(shared, sa.update(Connection).where(theirs).values(account_id=None))
+    for connection, expected in ((first, "skipped_shared_grant"), (second, "revoked")):
+        gone = await shared.call("DELETE", f"/v1/connections/{connection['id']}")
+        assert gone.json()["revocation"] == expected
 
 
 async def test_a_provider_that_is_down_does_not_keep_a_connection_alive(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ ROUTES = {
     *("GET /v1/integrations/{id}/client-secrets", "DELETE /v1/integrations/{id}/client-secrets/{id}"),
     *("GET /v1/providers", "GET /v1/providers/{id}", "GET /v1/callers", "POST /v1/callers", "GET /v1/callers/{id}"),
     *("PATCH /v1/callers/{id}", "DELETE /v1/callers/{id}", "POST /v1/callers/{id}/keys"),
+    *("POST /v1/device-flows", "GET /v1/device-flows/{id}"),
     *("DELETE /v1/callers/{id}/keys/{id}", "GET /v1/audit", "GET /v1/audit/verify"),
 }
 
@@ -62,7 +63,7 @@ async def test_a_process_is_live_and_ready_when_all_parts_are(shared: Rig) -> No
 BREAKS = [
     ("audit", "ALTER TABLE audit_records RENAME TO gone", "ALTER TABLE gone RENAME TO audit_records"),
     ("vault", "ALTER TABLE sealed_secrets RENAME TO gone", "ALTER TABLE gone RENAME TO sealed_secrets"),
-    ("database", "UPDATE alembic_version SET version_num = 'older'", "UPDATE alembic_version SET version_num = '{}'"),
+    ("database", "UPDATE alembic_version SET version_num = '0001'", "UPDATE alembic_version SET version_num = '{}'"),
     ("database", "ALTER TABLE alembic_version RENAME TO gone", "ALTER TABLE gone RENAME TO alembic_version"),
 ]
 
@@ -79,6 +80,12 @@ async def test_each_failing_part_is_named_and_heals(tmp_path: Path, database_url
             assert (await rig.backend.get("/health/live")).status_code == 200
             await execute(rig, mended.format(revision))
             assert (await ready(rig)).status_code == 200
+
+
+async def test_a_replica_stays_ready_when_a_newer_one_has_migrated(tmp_path: Path) -> None:
+    async with open_rig(tmp_path) as rig:
+        await execute(rig, "UPDATE alembic_version SET version_num = '9999'")
+        assert (await ready(rig)).json() == {"status": "ready", "failing": {}}
 
 
 async def test_a_verdict_is_believed_for_a_second(tmp_path: Path) -> None:

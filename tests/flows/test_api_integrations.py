@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 import httpx2
 import pytest
 from sqlmodel import select
+from structlog.testing import capture_logs
 
 from broker.app import create_app, open_parts
 from broker.callers import mint_key
@@ -21,6 +22,7 @@ from broker.errors import ProviderUnavailable
 from broker.integrations import Draft
 from broker.models import ClientSecret, Integration, SealedSecret
 from broker.settings import SettingsError, load_settings
+from tests.fakes import Seen, listening
 from tests.flows.api_calls import check_problem, imported, unused
 from tests.flows.rig import Rig, open_rig
 from tests.flows.shared import audited, person, rows
@@ -463,6 +465,47 @@ async def test_a_dead_provider_is_asked_once_for_many_flows_and_anew_by_a_test(s
         before = len(came)
         assert (await shared.call("POST", f"/v1/integrations/{name}/test")).json()["ok"] is False
         assert len(came) > before
+
+
+async def test_live_tokens_are_served_while_discovery_is_down(tmp_path: Path) -> None:
+    replies: list[Any] = []
+
+    def answer(_: Seen) -> Any:
+        return replies[-1]
+
+    async with open_rig(tmp_path) as rig, listening(answer) as fake:
+        base = fake.base
+        document = {"issuer": base, **{f"{name}_endpoint": f"{base}/{name}" for name in ("authorization", "token")}}
+        replies.append((200, {**document, "jwks_uri": f"{base}/keys"}))
+        await rig.integration("sso", config={"issuer": base})
+        credentials = {
+            "type": "oauth2",
+            "access_token": "live",
+            "refresh_token": "r",
+            "expires_at": "2099-01-01T00:00:00Z",
+        }
+        body = {"integration": "sso", "subject": "acme:1", "credentials": credentials}
+        connection = (await rig.call("POST", "/v1/connections", body)).json()["id"]
+        assert (await rig.token(connection)).status_code == 200
+        integrations = rig.parts.integrations
+        integrations._discovered = {url: (at - 3601, found) for url, (at, found) in integrations._discovered.items()}
+        replies.append((503, {}))
+        before = len(fake.seen)
+        with capture_logs() as logs:
+            served = await asyncio.gather(*(rig.token(connection) for _ in range(5)))
+            served.append(await rig.token(connection))
+        assert [one.json()["access_token"] for one in served] == ["live"] * 6
+        assert len([line for line in logs if line["event"] == "discovery.stale"]) == 1
+        asked = len(fake.seen) - before
+        assert 1 <= asked <= 3, "one ask is up to three tries; the next is a while later"
+        checks = (await rig.call("POST", "/v1/integrations/sso/test")).json()["checks"]
+        assert checks[0]["name"] == "discovery"
+        assert checks[0]["ok"] is False
+        asked = len(fake.seen) - before
+        replies.append(replies[0])
+        integrations._failed = {url: (at - 16, error) for url, (at, error) in integrations._failed.items()}
+        assert (await rig.token(connection)).status_code == 200
+        assert len(fake.seen) - before == asked + 1
 
 
 async def test_many_flows_at_once_discover_once(tmp_path: Path) -> None:

@@ -103,6 +103,7 @@ async def test_a_full_disk_is_named_and_nothing_is_half_done(tmp_path: Path) -> 
     async with open_rig(tmp_path) as rig:
         calls = await prepared(rig)
         before = await left(rig)
+        await execute(rig, "CREATE TABLE filler AS SELECT zeroblob(100000) AS bytes")  # takes pages that were set free
         pages = await rig.parts.database.transaction(
             lambda session: session.execute(sa.text("PRAGMA page_count")).scalar()
         )

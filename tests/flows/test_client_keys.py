@@ -73,8 +73,23 @@ async def test_a_change_to_signing_is_refused_while_a_live_secret_cannot_sign(sh
     assert (await add(shared, name, PEM)).status_code == 201
     await shared.call("DELETE", f"{path}/client-secrets/{plain}")
     assert (await shared.call("PATCH", path, {"config": SIGNS})).status_code == 200
+    (key,) = await secret_ids(shared, name)
+    await shared.call("DELETE", f"{path}/client-secrets/{key}")
     assert (await shared.call("PATCH", path, {"config": {"client_auth": None}})).status_code == 200
     assert (await add(shared, name, "a-plain-secret")).status_code == 201
+
+
+@pytest.mark.parametrize("before", ["private_key_jwt", None])
+@pytest.mark.parametrize("key", [PEM, json.dumps(KEY.as_dict(private=True))])
+async def test_a_private_key_never_becomes_a_secret_that_is_sent(shared: Rig, before: str | None, key: str) -> None:
+    name, made = await make(shared, config={"client_auth": before}, secret=key)
+    assert made.status_code == 201, made.text
+    operator = await shared.caller(roles=("operator",))
+    for after in sorted({"client_secret_basic", "client_secret_post"}) + ([None] if before else []):
+        patch = {"config": {"client_auth": after}}
+        answer = await shared.call("PATCH", f"/v1/integrations/{name}", patch, key=operator)
+        check_problem(answer, 400, "invalid_request", "/config/client_auth")
+        assert key[:30] not in answer.text
 
 
 async def test_a_document_is_refused_before_anything_is_written_when_its_key_cannot_sign(shared: Rig) -> None:
@@ -91,8 +106,8 @@ async def test_a_document_is_refused_before_anything_is_written_when_its_key_can
 
 
 @asynccontextmanager
-async def signing_provider(seen_at: list[Seen]) -> AsyncIterator[Fake]:
-    """Serve an issuer that takes nothing but ``private_key_jwt``."""
+async def signing_provider(seen_at: list[Seen], method: str = "private_key_jwt") -> AsyncIterator[Fake]:
+    """Serve an issuer that takes nothing but ``private_key_jwt``, or says that it takes another."""
     fakes: list[Fake] = []
 
     def answer(seen: Seen) -> Reply:
@@ -100,7 +115,7 @@ async def signing_provider(seen_at: list[Seen]) -> AsyncIterator[Fake]:
         if seen.path == "/.well-known/openid-configuration":
             named = {"authorization_endpoint": "authorize", "token_endpoint": "token", "jwks_uri": "jwks"}
             urls = {name: f"{base}/{path}" for name, path in named.items()}
-            return 200, {"issuer": base, **urls, "token_endpoint_auth_methods_supported": ["private_key_jwt"]}
+            return 200, {"issuer": base, **urls, "token_endpoint_auth_methods_supported": [method]}
         if seen.path == "/jwks":
             return 200, {"keys": []}
         seen_at.append(seen)
@@ -152,6 +167,19 @@ async def test_a_secret_that_discovery_shows_to_be_no_key_is_named_by_the_test_a
         refused = await shared.call("POST", "/v1/connections", body)
         check_problem(refused, 400, "invalid_request", "/credentials")
         assert "CANARY" not in verdict.text + refused.text
+        assert asked == []
+
+
+@pytest.mark.parametrize("method", ["client_secret_basic", "client_secret_post"])
+async def test_an_issuer_that_says_it_wants_a_secret_never_gets_the_key(shared: Rig, method: str) -> None:
+    asked: list[Seen] = []
+    async with signing_provider(asked, method) as fake:
+        name, made = await make(shared, config={"issuer": fake.base}, secret=PEM)
+        assert made.status_code == 201, made.text
+        old = {"type": "oauth2", "access_token": "a", "refresh_token": "r", "expires_at": "2020-01-01T00:00:00Z"}
+        body = {"integration": name, "subject": "acme:1", "credentials": old}
+        connection = (await shared.call("POST", "/v1/connections", body)).json()
+        assert (await shared.token(connection["id"])).status_code == 502
         assert asked == []
 
 

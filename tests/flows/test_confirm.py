@@ -12,6 +12,7 @@ import pytest
 
 from broker.cli.running import OPERATOR
 from broker.database import now
+from broker.demo.sandbox import Fault
 from broker.models import Connection, Flow, SealedSecret
 from broker.oauth.confirm import Confirm, Confirmations, Newcomer, keeps_refresh_token
 from providers.spec import Secret
@@ -389,6 +390,8 @@ async def test_the_same_account_again_updates_and_another_account_is_another_con
         ({"pins": {"token": "https://evil.test", "revoke": "https://id.test"}}, False),
         ({"pins": {"token": "https://id.test", "revoke": "https://evil.test"}}, False),
         ({"pins": {"token": "https://id.test"}}, False),
+        ({"pins": {"token": "https://id.test", "revoke": "https://id.test", "refresh": "https://evil.test"}}, False),
+        ({"pins": {"token": "https://id.test", "revoke": "https://id.test", "refresh": "https://id.test"}}, True),
         ({"pins": {"token": "https://id.test", "revoke": "https://id.test", "api:": "https://evil.test"}}, False),
         ({"pins": {"token": "https://id.test", "revoke": "https://id.test", "api:old": "https://old.test"}}, True),
     ],
@@ -520,6 +523,23 @@ async def test_a_reconnect_makes_a_dead_connection_active_again(shared: Rig) -> 
     answer = await shared.confirm(came, owner)
     assert (answer.json()["id"], answer.json()["status"]) == (connection["id"], "active")
     assert (await shared.whoami(await bearer(shared, connection["id"]))).status_code == 200
+    shared.sandbox.state.add_fault(Fault(kind="answer", status=400, body={"error": "invalid_grant"}))
+    again = await shared.token(connection["id"], force_refresh=True)
+    assert again.status_code == 200, "one refusal of the new grant is not believed either"
+
+
+async def test_a_flow_does_not_replace_a_key_of_the_same_account(shared: Rig) -> None:
+    owner, account = subject(), person()
+    connection = await connected(shared, owner, account)
+    await rewritten(shared, Connection, connection["id"], credential_type="api_key")
+    token, before = await bearer(shared, connection["id"]), await secrets_of(shared, connection["id"])
+    came = landed(await flow(shared, user=account))
+    answer = await shared.confirm(came, owner, return_to=APP)
+    assert code_of(answer) == (409, "conflict")
+    assert "delete that first" in answer.json()["detail"]
+    assert (await bearer(shared, connection["id"]), await secrets_of(shared, connection["id"])) == (token, before)
+    assert (await shared.call("DELETE", f"/v1/connections/{connection['id']}")).status_code == 200
+    assert (await shared.confirm(came, owner, return_to=APP)).status_code == 200
 
 
 async def test_a_reconnect_needs_the_confirm_of_its_own_subject(shared: Rig) -> None:

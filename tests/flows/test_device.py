@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,10 @@ from sqlmodel import col
 from broker.app import new_worker
 from broker.database import now
 from broker.models import DeviceFlow, Flow
-from broker.oauth.device import Pace, after_refusal
+from broker.oauth.device import AT_ONCE_FOR_ONE, Pace, after_refusal
 from broker.token_endpoint import TokenRefusal
 from tests.fakes import Reply, Seen, listening
-from tests.flows.rig import Rig, open_rig
+from tests.flows.rig import Rig, eventually, open_rig
 from tests.flows.time_passes import audited
 
 GRANT = "urn:ietf:params:oauth:grant-type:device_code"
@@ -187,6 +188,103 @@ async def test_a_flow_whose_time_is_over_ends_without_a_poll(rig: Rig, provider:
     assert provider.polls == []
 
 
+async def test_a_flow_whose_plan_is_gone_ends_as_expired_and_both_are_counted(rig: Rig, provider: Provider) -> None:
+    lost, late = await start(rig), await start(rig)
+    gone = sa.delete(Flow).where(col(Flow.id) == (await row_of(rig, lost["id"])).flow_id)
+    over = sa.update(DeviceFlow).where(col(DeviceFlow.id) == late["id"]).values(expires_at=1.0)
+    for change in (gone, over):
+        await rig.parts.database.transaction(lambda session, change=change: session.execute(change))  # type: ignore[misc]
+    assert [(await poll(rig, one["id"]))["status"] for one in (lost, late)] == ["expired", "expired"]
+    assert provider.polls == []
+    counted = rig.parts.metrics.registry.get_sample_value
+    assert counted("broker_flows_total", {"provider": "oidc", "outcome": "expired"}) == 1.0
+
+
+@pytest.mark.parametrize("again", [False, True])
+async def test_a_crash_before_the_end_is_recorded_still_ends_as_connected(
+    rig: Rig,
+    provider: Provider,
+    again: bool,  # noqa: FBT001
+) -> None:
+    if again:
+        provider.script = [(200, TOKENS)]
+        await poll(rig, (await start(rig))["id"])
+    made = await start(rig)
+    provider.script = [(200, {**TOKENS, "access_token": "newest"})]
+    ended = await poll(rig, made["id"])
+    undone = sa.update(DeviceFlow).where(col(DeviceFlow.id) == made["id"]).values(status="pending")
+    await rig.parts.database.transaction(lambda session: session.execute(undone))
+    assert await poll(rig, made["id"]) == ended
+    assert ended["status"] == "connected"
+    assert (await rig.token(ended["connection_id"])).json()["access_token"] == "newest"
+
+
+async def test_an_activation_that_another_worker_has_begun_is_awaited(rig: Rig, provider: Provider) -> None:
+    made = await start(rig)
+    provider.script = [(200, TOKENS)]
+    flow_id = (await row_of(rig, made["id"])).flow_id
+    claimed_at = await rig.parts.database.read(now)
+    for at, status in ((claimed_at, "pending"), (claimed_at - 61, "connected")):
+        claim = sa.update(Flow).where(col(Flow.id) == flow_id).values(confirm_claimed_at=at)
+        await rig.parts.database.transaction(lambda session, claim=claim: session.execute(claim))  # type: ignore[misc]
+        assert (await poll(rig, made["id"]))["status"] == status
+
+
+async def test_a_burnt_flow_ends_as_failed(rig: Rig, provider: Provider) -> None:
+    made = await start(rig)
+    provider.script = [(200, TOKENS)]
+    burnt = sa.update(Flow).where(col(Flow.id) == (await row_of(rig, made["id"])).flow_id).values(burnt_at=1.0)
+    await rig.parts.database.transaction(lambda session: session.execute(burnt))
+    assert (await poll(rig, made["id"]))["status"] == "failed"
+
+
+async def test_a_provider_that_hangs_keeps_no_other_waiting(rig: Rig, provider: Provider) -> None:
+    async with hanging() as (base, came):
+        config = {"authorize_url": f"{base}/a", "jwks_url": f"{base}/j", "userinfo_url": f"{base}/u"}
+        urls = {"device_url": f"{provider.base}/device", "token_url": f"{base}/token", "timeout_seconds": 1}
+        body = {
+            "name": "slow",
+            "provider": "oidc",
+            "client_id": "c",
+            "client_secret": "s",
+            "config": {**config, **urls},
+        }
+        assert (await rig.call("POST", "/v1/integrations", body)).status_code == 201
+        slow = [await start(rig, integration="slow", scopes=None) for _ in range(AT_ONCE_FOR_ONE + 3)]
+        fine = await start(rig)
+        due = sa.update(DeviceFlow).values(poll_at=0.0)
+        await rig.parts.database.transaction(lambda session: session.execute(due))
+        flows = rig.parts.device_flows
+        await flows.begin_polls()
+        await flows.begin_polls()
+
+        async def all_have_come() -> bool:
+            return len(provider.polls) == 1 and len(came) == AT_ONCE_FOR_ONE
+
+        await eventually(all_have_come)
+        claimed = [await row_of(rig, one["id"]) for one in slow]
+        at = await rig.parts.database.read(now)
+        assert sum(row.poll_at > at + 60 for row in claimed) == len(came) == AT_ONCE_FOR_ONE
+        assert (await row_of(rig, fine["id"])).failures == 0
+        await flows.finish()
+        assert {(await row_of(rig, one["id"])).status for one in slow} == {"pending"}
+
+
+@asynccontextmanager
+async def hanging() -> AsyncIterator[tuple[str, list[int]]]:
+    """Serve a provider that takes every request and answers none."""
+    came: list[int] = []
+
+    async def take(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        came.append(1)
+        await reader.read()  # until the broker gives up
+        writer.close()
+
+    server = await asyncio.start_server(take, "127.0.0.1", 0)
+    async with server:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", came
+
+
 async def test_before_its_time_nobody_polls_and_of_many_workers_one_does(rig: Rig, provider: Provider) -> None:
     made = await start(rig)
     assert await rig.parts.device_flows.poll_due() == 0
@@ -197,7 +295,7 @@ async def test_before_its_time_nobody_polls_and_of_many_workers_one_does(rig: Ri
 
 
 async def test_the_worker_polls_by_itself(tmp_path: Path, provider: Provider, rig: Rig) -> None:
-    assert any(job.__name__ == "poll_due" for _, job in _jobs(rig))
+    assert any(job.__name__ == "begin_polls" for _, job in _jobs(rig))
 
 
 def _jobs(rig: Rig) -> Iterator[Any]:
@@ -267,7 +365,9 @@ async def test_an_answer_that_is_no_device_code_starts_nothing(
     answer = await rig.call("POST", "/v1/device-flows", {"integration": "tv", "subject": "acme:42"})
     assert (answer.status_code, answer.json()["code"]) == (status, code)
     assert (
-        await rig.parts.database.read(lambda session: session.execute(sa.select(sa.func.count(col(DeviceFlow.id)))).scalar())
+        await rig.parts.database.read(
+            lambda session: session.execute(sa.select(sa.func.count(col(DeviceFlow.id)))).scalar()
+        )
         == 0
     )
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from tests.flows.api_calls import check_problem
+from tests.flows.api_calls import check_problem, unused
 from tests.flows.made_up import NAME, SHOP, World, playing
 from tests.flows.rig import Rig
 from tests.flows.shared import audited, subject
@@ -108,6 +108,25 @@ async def test_the_importer_may_name_the_account_and_the_same_one_is_updated(wor
     assert [call.form["key"] for call in world.calls("/token")] == ["CANARY-robot", "newer"]
 
 
+async def test_an_import_does_not_replace_a_credential_of_another_type(world: World) -> None:
+    key = {"type": "api_key", "api_key": "k"}
+    token = {"type": "oauth2", "access_token": "at", "refresh_token": "rt"}
+    for kept, other in ((ROBOT, key), (ROBOT, token), (key, ROBOT), (token, key)):
+        owner, account = subject(), {"id": "robot-7"}
+        connection = await imported(world, kept, subject=owner, account=account)
+        version = (await world.row(connection["id"])).secret_version
+        answer = await importing(world, other, subject=owner, account=account)
+        check_problem(answer, 409, "conflict")
+        row = await world.row(connection["id"])
+        assert (row.credential_type, row.secret_version) == (kept["type"], version)
+
+
+async def test_a_token_that_was_not_minted_yet_is_never_handed_out_whatever_the_clock_says(world: World) -> None:
+    connection = await imported(world, {"type": "client_credentials"})
+    await ends_in(world.rig.parts.database, connection["id"], 3600)
+    assert (await fresh(world, connection))["access_token"].startswith("at-")
+
+
 async def test_what_cannot_be_refreshed_by_the_user_is_not_reconnected(world: World) -> None:
     connection = await imported(world, ROBOT)
     answer = await world.rig.call("POST", f"/v1/connections/{connection['id']}/reconnect", {})
@@ -166,6 +185,40 @@ async def test_what_the_integrations_client_mints_needs_that_client(world: World
 
 async def test_a_request_that_would_leave_the_integrations_addresses_is_refused_at_once(world: World) -> None:
     check_problem(await importing(world, {"type": "astray"}), 409, "conflict")
+
+
+async def test_only_an_admin_chooses_what_the_integrations_client_asks_for_or_whose(world: World) -> None:
+    await world.configure(config={"variables": {"shop": SHOP}})
+    key = await world.rig.caller({"integrations": [world.integration], "may": ["connect"]})
+    wanted = {"integration": world.integration, "subject": subject(), "credentials": {"type": "client_credentials"}}
+    chosen: list[dict[str, Any]] = [
+        {"credentials": {"type": "client_credentials", "audience": "https://other.test"}},
+        {"variables": {"region": "jp"}},
+    ]
+    for changes in chosen:
+        refused = await world.rig.call("POST", "/v1/connections", {**wanted, **changes}, key=key)
+        check_problem(refused, 403, "forbidden")
+        assert "only an admin" in refused.json()["detail"]
+        assert (await importing(world, **{"credentials": wanted["credentials"], **changes})).status_code == 201
+    free: list[dict[str, Any]] = [
+        {},
+        {"variables": {"shop": SHOP}},
+        {"credentials": {"type": "client_credentials", "scopes": ["read"], "audience": None}},
+        {"credentials": {**ROBOT, "scopes": ["any"]}, "variables": {"region": "jp"}},
+    ]
+    for changes in free:
+        answer = await world.rig.call("POST", "/v1/connections", {**wanted, **changes}, key=key)
+        assert answer.status_code == 201, answer.text
+
+
+async def test_a_connection_names_the_scopes_that_are_asked_for_in_truth(shared: Rig) -> None:
+    name = unused("app-")
+    body = {"name": name, "provider": "microsoft", "client_id": "c", "client_secret": "s", "scopes": ["User.Read"]}
+    assert (await shared.call("POST", "/v1/integrations", body)).status_code == 201
+    asked = {"type": "client_credentials", "resource": "https://vault.azure.net"}
+    one = {"integration": name, "subject": subject(), "credentials": asked, "variables": {"tenant": "contoso.test"}}
+    made = await shared.call("POST", "/v1/connections", one)
+    assert made.json()["scopes"] == ["https://vault.azure.net/.default"]
 
 
 # Variables

@@ -5,7 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from litestar import Litestar
 
+from broker.api.lean import lean_post
+from broker.api.requests import FAILED, Authentication
+from broker.errors import NotFound, Unauthenticated
 from tests.flows.api_calls import check_problem, grant, imported, same_but_for_the_request_id, unused
 from tests.flows.rig import Rig
 from tests.flows.time_passes import set_row
@@ -55,6 +59,17 @@ async def test_a_bad_request_is_refused_alike_on_both_ways(
     )  # the router passes over the slash, the lane does not
     check_problem(express, status, code, *pointers)
     assert same_but_for_the_request_id(express, ordinary)
+
+
+async def test_what_failed_on_the_express_way_is_answered_without_asking_again_who_calls(shared: Rig) -> None:
+    async def unreached(*_: object) -> None:
+        raise AssertionError
+
+    nobody: Any = {"state": {FAILED: NotFound()}, "headers": []}
+    with pytest.raises(NotFound):
+        await Authentication(unreached, shared.parts.callers)(nobody, unreached, unreached)  # type: ignore[arg-type]
+    with pytest.raises(Unauthenticated):  # so it was the failure that came first
+        await Authentication(unreached, shared.parts.callers)(nobody, unreached, unreached)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("content", [b"", b"null", b"{}", b'{"min_ttl": 0, "reason": "backup"}'])
@@ -130,3 +145,20 @@ async def test_a_freeze_that_was_committed_is_seen_by_the_next_request(shared: R
         await set_row(shared.parts.database, connection["id"], status=status)
         answer = await sent(shared, path, b"{}", JSON)
         assert answer.json().get("code") == code
+
+
+async def test_a_middleware_or_a_guard_that_a_lean_route_would_pass_by_stops_the_start() -> None:
+    async def hand_out() -> dict[str, str]:
+        return {}
+
+    def another(app: Any) -> Any:
+        return app
+
+    async def guard(_connection: Any, _handler: Any) -> None:
+        return
+
+    for layers, why in (({"middleware": [another] * 3}, "middleware"), ({"guards": [guard]}, "guard")):
+        route = lean_post("/hand-out", responses={})(hand_out)
+        with pytest.raises(RuntimeError, match=f"by a {why}"):
+            Litestar([route], **layers, openapi_config=None)
+    Litestar([lean_post("/hand-out", responses={})(hand_out)], middleware=[another] * 2, openapi_config=None)

@@ -140,7 +140,7 @@ SERVICE_ACCOUNT = Kind(
     reason="invalid_grant",
 )
 INSTALLATION = Kind(
-    "installation", "github", {"type": "github_app", **GITHUB_APP}, "27776345", reason="app_key_refused"
+    "installation", "github", {"type": "github_app", **GITHUB_APP}, "installation:27776345", reason="app_key_refused"
 )
 KINDS = [CLIENT, SERVICE_ACCOUNT, INSTALLATION]
 SIGNING = [SERVICE_ACCOUNT, INSTALLATION]

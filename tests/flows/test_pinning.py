@@ -41,7 +41,7 @@ async def pinned(shared: Rig) -> Rig:
     return shared
 
 
-FIELDS = ("issuer", "token_url", "revoke_url", "userinfo_url", "api_base_url", "hosts")
+FIELDS = ("issuer", "token_url", "refresh_url", "revoke_url", "userinfo_url", "api_base_url", "hosts")
 OTHERS = ("authorize_url", "jwks_url", "device_url")
 
 
@@ -60,7 +60,7 @@ async def as_it_was(rig: Rig) -> None:
     """Undo every move."""
     issuer = rig.sandbox.issuer
     urls: dict[str, Any] = {
-        f"{name}_url": None for name in ("token", "revoke", "userinfo", "authorize", "jwks", "device")
+        f"{name}_url": None for name in ("token", "refresh", "revoke", "userinfo", "authorize", "jwks", "device")
     }
     hosts = {"api_base_url": f"{issuer}/api", "hosts": {"uploads": f"{issuer}/api"}}
     assert await patch(rig, {"config": {**urls, **hosts, "issuer": issuer}}) == 200
@@ -166,11 +166,22 @@ async def test_c4_a_flow_that_began_before_the_change_finishes_where_it_began(
     assert (await pinned.token(came["connection_id"])).status_code == 200
 
 
-async def test_c4_a_merge_does_not_carry_the_old_refresh_token_to_a_new_origin(pinned: Rig) -> None:
+async def test_c4_a_refresh_endpoint_that_comes_later_is_used_where_refresh_tokens_went_before(pinned: Rig) -> None:
+    connection = await connected(pinned, subject(), person())
+    assert await patch(pinned, moved("refresh_url", f"{pinned.sandbox.issuer}/token")) == 200
+    try:
+        assert (await pinned.token(connection["id"], force_refresh=True)).status_code == 200
+    finally:
+        await as_it_was(pinned)
+    assert (await pinned.token(connection["id"])).status_code == 200
+
+
+@pytest.mark.parametrize("name", ["token_url", "refresh_url"])
+async def test_c4_a_merge_does_not_carry_the_old_refresh_token_to_a_new_origin(pinned: Rig, name: str) -> None:
     owner, account = subject(), person()
     connection = await connected(pinned, owner, account)
     elsewhere = pinned.sandbox.issuer.replace("127.0.0.1", "localhost")
-    assert await patch(pinned, moved("token_url", f"{elsewhere}/token")) == 200
+    assert await patch(pinned, moved(name, f"{elsewhere}/token")) == 200
     pinned.sandbox.state.configure(refresh_tokens="never")
     try:
         assert (await connected(pinned, owner, account))["id"] == connection["id"]

@@ -72,10 +72,33 @@ async def test_config_variables_serve_every_start_and_stand_above_a_default(worl
     assert (await world.session(subject())).startswith("bst_")
 
 
-async def test_a_session_stands_above_config_variables_and_a_default(world: World) -> None:
-    await world.configure(config={"variables": {"region": "us"}})
+async def test_a_session_stands_above_a_default(world: World) -> None:
     await world.connected(subject(), region="jp")
     assert world.calls("/token")[0].path == f"/jp/{SHOP}/token"
+
+
+async def test_what_config_variables_set_is_final_for_sessions_imports_and_device_flows(world: World) -> None:
+    await world.configure(config={"variables": {"region": "us"}})
+    one = {"subject": subject(), "variables": {"shop": SHOP, "region": "jp"}}
+    key = {"credentials": {"type": "api_key", "api_key": "k"}}
+    for path, body in (
+        ("/v1/sessions", {**one, "integrations": [world.integration]}),
+        ("/v1/connections", {**one, **key, "integration": world.integration}),
+        ("/v1/device-flows", {**one, "integration": world.integration}),
+    ):
+        check_problem(await world.rig.call("POST", path, body), 400, "invalid_request", "/variables/region")
+        again = await world.rig.call("POST", path, {**body, "variables": {"shop": SHOP, "region": "us"}})
+        assert "/variables/region" not in again.text
+    assert world.fake.seen == []
+
+
+async def test_what_config_variables_set_later_is_final_for_sessions_that_were_made_before(world: World) -> None:
+    token = await world.session(subject(), shop=SHOP, region="jp")
+    patch = {"config": {"variables": {"region": "us"}}}
+    assert (await world.rig.call("PATCH", f"/v1/integrations/{world.integration}", patch)).status_code == 200
+    browser, url = await world.begin(token)
+    await browser.get(world.callback(url))
+    assert world.calls("/token")[0].path == f"/us/{SHOP}/token"
 
 
 async def test_a_plan_outlives_a_change_of_config_variables(world: World) -> None:
@@ -219,6 +242,23 @@ async def test_a_second_flow_of_the_same_account_brings_variables_and_pins_toget
     again = await world.connected(owner)
     assert (again["id"], again["variables"]["site"]) == (connection["id"], "site-2")
     assert (await world.rig.token(connection["id"])).status_code == 200
+
+
+async def test_a_second_flow_that_learns_less_keeps_what_was_known_unless_it_is_another_client(world: World) -> None:
+    owner = subject()
+    connection = await world.connected(owner, region="jp")
+    world.site = ""
+    again = await world.connected(owner)
+    assert again["id"] == connection["id"]
+    assert again["variables"] == {"shop": SHOP, "instance": world.instance, "site": "site-1"}
+    row = await world.row(connection["id"])
+    assert row.pins == dict.fromkeys(("token", "revoke", "api:", "api:site"), world.fake.base)
+    assert (await world.rig.token(connection["id"], force_refresh=True)).status_code == 200
+    assert world.calls("/token")[-1].path == f"/eu/{SHOP}/token", "a default is what the newcomer was made with"
+    change = {"client_id": "another"}
+    assert (await world.rig.call("PATCH", f"/v1/integrations/{world.integration}", change)).status_code == 200
+    assert "site" not in (await world.connected(owner))["variables"]
+    assert "api:site" not in (await world.row(connection["id"])).pins
 
 
 async def test_a_refresh_and_a_revocation_go_to_the_connections_own_shop(world: World) -> None:

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import providers
+from broker.integrations.config import has_endpoints
 from providers import CatalogError, collect, implied_by, load_catalog, problems
 from providers.spec import (
     Account,
@@ -352,3 +353,11 @@ def test_providers_without_oauth_or_prefix_live_side_by_side() -> None:
 def test_a_scope_contains_what_its_parts_contain() -> None:
     assert implied_by({"a": ("b",), "b": ("c",)}, "a") == {"b", "c"}
     assert implied_by({"a": ("b",), "b": ("c",)}, "c") == frozenset()
+
+
+def test_every_provider_but_a_generic_one_takes_its_client_from_the_environment() -> None:
+    catalog = load_catalog()
+    assert {one.name: one.env_prefix for one in catalog.values() if has_endpoints(one) and one.oauth2} == {
+        one.name: one.name.upper() for one in catalog.values() if one.name != "oidc"
+    }
+    assert catalog["oidc"].env_prefix is None

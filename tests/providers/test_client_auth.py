@@ -14,8 +14,10 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
 from joserfc.jwk import ECKey, RSAKey
 
+from providers import load_catalog
 from providers.client_auth import ASSERTION_TYPE, client_authentication, signed_jwt, signing_algorithm
-from providers.spec import Secret
+from providers.spec import Provider, Secret
+from tests.providers.dialogues import credential_at, said
 from tests.providers.keys import EC_JWK, RSA_JWK, RSA_PEM, RSA_SIGNED, opened, pem, rsa_key
 
 NOW = 1_790_000_000.7
@@ -116,8 +118,48 @@ def test_what_cannot_sign_is_refused_and_not_quoted(case: str) -> None:
 
 def test_a_short_rsa_key_is_refused() -> None:
     short = pem(rsa.generate_private_key(65_537, 1024))  # noqa: S505 - that is the point
-    with pytest.warns(match="2048 bits"), pytest.raises(ValueError, match="too short"):
+    with pytest.raises(ValueError, match="too short"):
         sign(short)
+
+
+def number(value: int) -> str:
+    """Write a number as a JWK does (RFC 7518 2)."""
+    return base64.urlsafe_b64encode(value.to_bytes((value.bit_length() + 7) // 8)).decode().rstrip("=")
+
+
+TOO_LONG = {
+    "a modulus of 4104 bits": {**RSA_JWK, "n": number((1 << 4103) + 1)},
+    "a prime of 5000 bits": {**RSA_JWK, "p": number((1 << 4999) + 1)},
+}
+
+
+@pytest.mark.parametrize("case", sorted(TOO_LONG))
+def test_a_key_that_would_take_long_to_check_is_refused_before_that(case: str) -> None:
+    for attempt in (sign, lambda key: signing_algorithm(Secret(key))):
+        with pytest.raises(ValueError, match="private key"):
+            attempt(json.dumps(TOO_LONG[case]))
+
+
+def test_an_rsa_key_that_is_none_is_found_when_it_comes() -> None:
+    wrong = {**RSA_JWK, "d": number(65_537)}
+    with pytest.raises(ValueError, match="neither a PEM nor a JWK"):
+        signing_algorithm(Secret(json.dumps(wrong)))
+
+
+def test_a_jwk_has_to_bring_its_primes_and_no_key_is_endless() -> None:
+    bare = {name: RSA_JWK[name] for name in ("kty", "n", "e", "d")}
+    for text in (json.dumps(bare), json.dumps({**RSA_JWK, "x5c": ["A" * 20_000]})):
+        with pytest.raises(ValueError, match="neither a PEM nor a JWK"):
+            sign(text)
+
+
+@pytest.mark.parametrize("auth", ["client_secret_basic", "client_secret_post"])
+@pytest.mark.parametrize(
+    "key", [RSA_PEM, pem(rsa_key(), old=True), pem(rsa_key(), password=b"x"), json.dumps(RSA_JWK), json.dumps(EC_JWK)]
+)
+def test_a_private_key_is_never_sent_as_a_client_secret(auth: Any, key: str) -> None:
+    with pytest.raises(ValueError, match="is a private key, which is never sent"):
+        client_authentication("client", Secret(f"\n{key}"), auth)
 
 
 def test_basic_takes_both_parts_form_encoded() -> None:
@@ -166,3 +208,24 @@ def test_a_client_signs_an_assertion_about_itself() -> None:
 def test_without_a_secret_only_a_public_client_can_prove_itself(auth: Any) -> None:
     with pytest.raises(ValueError, match="no client secret"):
         client_authentication("client", None, auth)
+
+
+REVOKING = [one for one in load_catalog().values() if one.oauth2 is not None and one.oauth2.revocation is not None]
+
+
+@pytest.mark.parametrize("provider", REVOKING, ids=lambda one: one.name)
+def test_no_revocation_sends_a_private_key(provider: Provider) -> None:
+    assert provider.oauth2 is not None
+    assert provider.oauth2.revocation is not None
+    key = Secret("-----BEGIN PRIVATE KEY-----CANARY")
+    dialogue, sent = provider.oauth2.revocation.dialogue(credential_at(provider, client_secret=key)), ""
+    with contextlib.suppress(StopIteration):
+        request = next(dialogue)
+        while True:
+            kind, _, proof = request.headers.get("Authorization", "").partition(" ")
+            basic = proof if kind == "Basic" else ""
+            sent += (
+                f"{request.url} {request.headers} {request.body!r} {base64.b64decode(basic + '==', altchars='-_')!r}"
+            )
+            request = dialogue.send(said({"id": "account-1"}))
+    assert "CANARY" not in sent

@@ -280,10 +280,10 @@ def test_an_answer_that_says_nothing_known_ends_nothing(body: dict[str, Any]) ->
     assert refusal.outcome == "invalid"
 
 
-def test_an_import_keeps_the_three_fields_and_an_installation_is_its_own_account() -> None:
+def test_an_import_keeps_the_three_fields_and_an_installation_is_its_own_account_and_no_user() -> None:
     kept = read_app({**APP, "app_id": 12345, "type": "github_app"})
     assert kept == {**APP, "app_id": "12345"}
-    assert installation_of(kept) == Account("27776345")
+    assert installation_of(kept) == Account("installation:27776345")
 
 
 @pytest.mark.parametrize(
