@@ -27,6 +27,7 @@ from broker import __version__
 from broker.callers import mint_key
 from broker.cli import main
 from broker.cli.running import printable
+from providers import load_catalog
 from tests.commands import PATIENCE_SECONDS, Done, broker, environment, free_port, logging_as_before, running
 from tests.flows.rig import APP, Rig, open_rig
 
@@ -245,7 +246,7 @@ def test_a_question_makes_no_schema_in_an_empty_postgresql(shell: Terminal, empt
     empty = {"BROKER_DATABASE_URL": empty_postgres_url, "BROKER_ADMIN_KEY": key}
     for question in (("callers", "list"), ("audit", "tail")):
         assert shell.refused(*question, **empty) == "broker: the database has no schema; `broker migrate` makes it\n"
-    assert shell.ok("migrate", **empty) == "The schema is at revision 0001.\n"
+    assert shell.ok("migrate", **empty) == "The schema is at revision 0002.\n"
     assert "admin" in shell.ok("callers", "list", **empty)
 
 
@@ -407,7 +408,7 @@ def test_a_wrong_instruction_about_integrations_is_refused(terminal: Terminal, a
 
 
 def test_the_catalog_is_listed_and_shown(shell: Terminal) -> None:
-    assert re.search(r"^github\s+GitHub\s+oauth2, api_key\s+https://", shell.ok("providers", "list"), re.MULTILINE)
+    assert re.search(r"^github\s+GitHub\s+oauth2, api_key, github_app\s+https://", shell.ok("providers", "list"), re.MULTILINE)
     assert {row["name"] for row in shell.json("providers", "list")} >= {"github", "google", "oidc"}
     assert "default_scopes" in shell.ok("providers", "show", "github")
     assert shell.json("providers", "show", "oidc")["config_schema"]["properties"]["issuer"]
@@ -415,7 +416,7 @@ def test_the_catalog_is_listed_and_shown(shell: Terminal) -> None:
 
 
 def test_the_catalog_is_in_order(shell: Terminal) -> None:
-    assert shell.ok("providers", "check").startswith("In order: github, google, oidc")
+    assert shell.ok("providers", "check") == f"In order: {', '.join(load_catalog())}.\n"
     assert shell.ok("providers", "check", "google") == "In order: google.\n"
     assert shell.json("providers", "check", "oidc") == {"ok": True, "problems": []}
     assert "no such provider" in shell.refused("providers", "check", "spec")

@@ -32,7 +32,7 @@ async def test_the_catalog_lists_every_provider_and_shows_one_with_the_schema_of
     assert [row["name"] for row in listed["data"]] == sorted(shared.parts.integrations.catalog)
     assert listed["next_cursor"] is None
     shown = (await shared.call("GET", "/v1/providers/github")).json()
-    assert shown["credential_types"] == ["oauth2", "api_key"]
+    assert shown["credential_types"] == ["oauth2", "api_key", "github_app"]
     assert shown["hosts"] == {"": "https://api.github.com", "uploads": "https://uploads.github.com"}
     assert {"issuer", "token_url", "confirm", "retry"} <= shown["config_schema"]["properties"].keys()
     assert shown["config_schema"]["additionalProperties"] is False
