@@ -408,7 +408,9 @@ def test_a_wrong_instruction_about_integrations_is_refused(terminal: Terminal, a
 
 
 def test_the_catalog_is_listed_and_shown(shell: Terminal) -> None:
-    assert re.search(r"^github\s+GitHub\s+oauth2, api_key, github_app\s+https://", shell.ok("providers", "list"), re.MULTILINE)
+    assert re.search(
+        r"^github\s+GitHub\s+oauth2, api_key, github_app\s+https://", shell.ok("providers", "list"), re.MULTILINE
+    )
     assert {row["name"] for row in shell.json("providers", "list")} >= {"github", "google", "oidc"}
     assert "default_scopes" in shell.ok("providers", "show", "github")
     assert shell.json("providers", "show", "oidc")["config_schema"]["properties"]["issuer"]
