@@ -438,7 +438,11 @@ class PostgresDatabase:
 
     async def query(self, work: Callable[[sa.Connection], T]) -> T:
         """See ``Database``."""
-        return await _translated(self._again_if_dead(lambda: self._on_plain(self._reader, work)))
+        return await _translated(self._again_if_dead(lambda: self._in_turn(work)))
+
+    async def _in_turn(self, work: Callable[[sa.Connection], T]) -> T:
+        async with self._readers.turn():  # the pool is the readers': a burst waits in one line, not beside it
+            return await self._on_plain(self._reader, work)
 
     async def single(self, work: Callable[[sa.Connection], T]) -> T:
         """Run ``work``, whose only statement is a transaction by itself: in one round trip instead of eight.

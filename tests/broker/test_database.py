@@ -887,3 +887,16 @@ async def test_the_clock_comes_along_with_the_rows(database: Database) -> None:
 
     before = await database.read(now)
     assert before <= await database.query(read) <= await database.read(now)
+
+
+async def test_a_burst_of_queries_waits_in_the_readers_line_and_none_fails(postgres_url: str) -> None:
+    database = PostgresDatabase(postgres_url, pool_size=2, busy_timeout_seconds=1.0)
+    slow = sa.text("SELECT 1 FROM pg_sleep(0.05)")
+    try:
+        # 100 at two at a time take 2.5 s: longer than anybody would wait for a connection of the pool by itself.
+        found = await asyncio.gather(
+            *(database.query(lambda connection: connection.execute(slow).scalar_one()) for _ in range(100))
+        )
+    finally:
+        await database.aclose()
+    assert found == [1] * 100
