@@ -8,23 +8,18 @@ https://accounts.google.com/.well-known/openid-configuration, googleapis/google-
 
 from collections.abc import Mapping
 from typing import Any
-from urllib.parse import urlencode
 
 from providers.client_auth import signed_jwt
 from providers.minting import json_object, jwt_grant, require_private_key, require_text
-from providers.oidc import userinfo
+from providers.oidc import revoke_without_client, userinfo
 from providers.spec import (
     Account,
-    Credential,
-    Dialogue,
-    Incoming,
     Minter,
     Minting,
     OAuth2,
     Outcome,
     Outgoing,
     Provider,
-    ProviderAnswerError,
     Refresh,
     Revocation,
 )
@@ -93,25 +88,6 @@ def parse_minted(answer: Mapping[str, Any]) -> Mapping[str, Any]:
     return parse_token(answer)
 
 
-def revoke(credential: Credential) -> Dialogue[bool]:
-    """Revoke by the refresh token, else by the access token; no client authentication. True when it is dead now."""
-    url = credential.urls.get("revoke_url")
-    token = credential.refresh_token or credential.access_token
-    if not url or token is None:
-        return False
-    headers = {"Content-Type": "application/x-www-form-urlencoded", "Accept": "application/json"}
-    answer = yield Outgoing("POST", url, headers, urlencode({"token": token.reveal()}).encode())
-    return answer.status == 200 or _dead_already(answer)
-
-
-def _dead_already(answer: Incoming) -> bool:
-    try:
-        said = answer.json()
-    except ProviderAnswerError:
-        return False
-    return answer.status == 400 and isinstance(said, dict) and said.get("error") == "invalid_token"
-
-
 PROVIDER = Provider(
     name="google",
     title="Google",
@@ -144,7 +120,7 @@ PROVIDER = Provider(
         # "Not used for six months" ends a refresh token; 180 days is the shortest six months can be, less a day.
         refresh=Refresh(rotates=False, keep_old=True, expected=True, idle_seconds=180 * 86_400),
         parse_token=parse_token,
-        revocation=Revocation(revoke, kills="project", kills_with_refresh="project"),
+        revocation=Revocation(revoke_without_client, kills="project", kills_with_refresh="project"),
     ),
     minting={
         "service_account": Minting(

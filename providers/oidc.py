@@ -68,17 +68,33 @@ def revoke(credential: Credential) -> Dialogue[bool]:
         body = urlencode({"token": token, "token_type_hint": hint, **fields}).encode()
         answer = yield Outgoing("POST", url, headers, body)
         ends_with_refresh_token = hint == "access_token" and "refresh_token" in held
-        if answer.status not in {200, 204} and not (ends_with_refresh_token and _unsupported(answer)):
+        if answer.status not in {200, 204} and not (
+            ends_with_refresh_token and _error_of(answer) == "unsupported_token_type"
+        ):
             return False
     return True
 
 
-def _unsupported(answer: Incoming) -> bool:
+def revoke_without_client(credential: Credential) -> Dialogue[bool]:
+    """Revoke by the refresh token, else by the access token, where no client authentication is asked for.
+
+    The provider must end the access tokens with the refresh token. True when it is dead now.
+    """
+    url = credential.urls.get("revoke_url")
+    token = credential.refresh_token or credential.access_token
+    if not url or token is None:
+        return False
+    headers = {"Content-Type": "application/x-www-form-urlencoded", "Accept": "application/json"}
+    answer = yield Outgoing("POST", url, headers, urlencode({"token": token.reveal()}).encode())
+    return answer.status == 200 or (answer.status == 400 and _error_of(answer) == "invalid_token")
+
+
+def _error_of(answer: Incoming) -> object:
     try:
         said = answer.json()
     except ProviderAnswerError:
-        return False
-    return isinstance(said, dict) and said.get("error") == "unsupported_token_type"
+        return None
+    return said.get("error") if isinstance(said, dict) else None
 
 
 def parse_token(answer: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -10,15 +10,15 @@ https://www.nango.dev/blog/salesforce-oauth-refresh-token-invalid-grant (refusal
 import re
 from collections.abc import Mapping
 from typing import Any
-from urllib.parse import urlencode, urlsplit
+from urllib.parse import urlsplit
 
 from providers.client_auth import signed_jwt
 from providers.minting import client_credentials, jwt_grant, require_private_key, require_text, token_url_of
+from providers.oidc import revoke_without_client
 from providers.spec import (
     Account,
     Credential,
     Dialogue,
-    Incoming,
     Minter,
     Minting,
     OAuth2,
@@ -56,24 +56,6 @@ def identify(credential: Credential) -> Dialogue[Account]:
     return Account(
         f"{ids[0]}/{ids[1]}", name if isinstance(name, str) else None, email if isinstance(email, str) else None
     )
-
-
-def revoke(credential: Credential) -> Dialogue[bool]:
-    """Revoke by the refresh token, which ends its access tokens too, else by the access token; True when it is dead now."""
-    url, token = credential.urls.get("revoke_url"), credential.refresh_token or credential.access_token
-    if not url or token is None:
-        return False
-    headers = {"Content-Type": "application/x-www-form-urlencoded", "Accept": "application/json"}
-    answer = yield Outgoing("POST", url, headers, urlencode({"token": token.reveal()}).encode())
-    return answer.status == 200 or _dead_already(answer)
-
-
-def _dead_already(answer: Incoming) -> bool:
-    try:
-        said = answer.json()
-    except ProviderAnswerError:
-        return False
-    return answer.status == 400 and isinstance(said, dict) and said.get("error") == "invalid_token"
 
 
 def read_user(given: Mapping[str, Any]) -> Mapping[str, str]:
@@ -132,7 +114,7 @@ PROVIDER = Provider(
         refresh=Refresh(rotates=True, keep_old=True),
         parse_token=parse_token,
         # It ends "an app's authorization to call APIs on behalf of the user".
-        revocation=Revocation(revoke, kills="token", kills_with_refresh="grant"),
+        revocation=Revocation(revoke_without_client, kills="token", kills_with_refresh="grant"),
     ),
     minting={
         "client_credentials": client_credentials(),

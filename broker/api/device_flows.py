@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
 import msgspec
 from litestar import Router, get, post
@@ -10,6 +10,7 @@ from litestar.di import NamedDependency
 from litestar.params import FromPath, JSONBody
 
 from broker.api.requests import Text, problems
+from broker.api.sessions import Variables
 from broker.models import DeviceFlow, rfc3339
 from broker.oauth.device import DeviceFlows, Wanted
 from broker.policy import Principal
@@ -21,7 +22,7 @@ class DeviceFlowBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     integration: Text
     subject: Text
     scopes: list[Text] | None = None
-    variables: Annotated[dict[str, Text], msgspec.Meta(max_length=20)] = {}
+    variables: Variables = {}
 
 
 @post("/device-flows", status_code=201, responses=problems(403, 404, 409, 413, 415, 502, 504))

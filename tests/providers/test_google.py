@@ -15,10 +15,10 @@ from providers.google import (
     parse_minted,
     parse_token,
     read_service_account,
-    revoke,
     service_account_of,
     service_account_request,
 )
+from providers.oidc import revoke_without_client as revoke
 from providers.spec import Account, Credential, Incoming, Minter, Secret
 from tests.providers.keys import RSA_PEM, ec_key, opened, pem
 

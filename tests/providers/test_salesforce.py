@@ -8,7 +8,8 @@ from urllib.parse import parse_qs
 
 import pytest
 
-from providers.salesforce import PROVIDER, read_user, revoke, sign_in
+from providers.oidc import revoke_without_client as revoke
+from providers.salesforce import PROVIDER, read_user, sign_in
 from providers.spec import Credential, Incoming, Minter, Secret
 from tests.providers.dialogues import credential_at, driven, said
 from tests.providers.keys import RSA_PEM, ec_key, opened, pem
