@@ -22,7 +22,7 @@ from broker import policy
 from broker.audit import Audit, Entry
 from broker.credentials import Credentials, Handout, LeaseLost, Revoked, require_lease, secret_owner
 from broker.credentials.last_use import LastUse
-from broker.credentials.snapshots import Snapshot, find_snapshots, snapshots_of
+from broker.credentials.snapshots import Snapshot, snapshots_of
 from broker.credentials.usable import Standing, require_usable
 from broker.database import Database, GroupReader, now
 from broker.egress import Egress
@@ -114,7 +114,7 @@ class Connections:
         self._integrations = integrations
         self._audit = audit
         self._metrics = metrics
-        self._snapshots: GroupReader[str, Snapshot | None] = GroupReader(database, find_snapshots)
+        self._snapshots: GroupReader[str, Snapshot | None] = GroupReader(database, credentials.snapshots)
         self._last_use = LastUse(database)
 
     async def aclose(self) -> None:

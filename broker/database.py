@@ -611,11 +611,19 @@ class _Group(Generic[Place, Item, Result]):
         group: list[tuple[Item, asyncio.Future[Result]]] = []
         try:
             while self._waiting:
+                await self._gather()
                 group, self._waiting = self._waiting[: self._largest], self._waiting[self._largest :]
                 await self._do(group)
         finally:  # when the loop is torn down meanwhile, nobody is left waiting
             for _, done in (*group, *self._waiting):
                 done.cancel()
+
+    async def _gather(self) -> None:
+        """Wait for as long as each turn of the loop brings more: a group costs as much as ten to twenty items."""
+        known = 0
+        while known < len(self._waiting) < self._largest:
+            known = len(self._waiting)
+            await asyncio.sleep(0)
 
     async def _do(self, group: list[tuple[Item, asyncio.Future[Result]]]) -> None:
         try:

@@ -20,9 +20,11 @@ late holder's write is refused. docs/decisions/0006-refresh.md says why.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any
+
+import sqlalchemy as sa
 
 from broker.audit import Audit
 from broker.credentials.claims import Claims
@@ -32,6 +34,7 @@ from broker.credentials.leases import Claimed, Lease, LeaseLost, require_lease
 from broker.credentials.outcomes import Outcomes
 from broker.credentials.refreshing import Refreshing
 from broker.credentials.revoking import Revoked, Revoking
+from broker.credentials.snapshots import Snapshot, find_snapshots
 from broker.credentials.stored_secrets import StoredSecrets, bearer_of, oauth_value, secret_owner, sha256_hex
 from broker.credentials.upkeep import Backlog, Upkeep
 from broker.credentials.usable import Standing
@@ -117,6 +120,10 @@ class Credentials:
         self._upkeep = Upkeep(database, vault, integrations)
 
     # Handing out
+
+    def snapshots(self, connection: sa.Connection, ids: Sequence[str]) -> list[Snapshot | None]:
+        """Return what ``fresh`` needs of these connections, None for each that there is not; a deleted one is there."""
+        return find_snapshots(connection, ids, self._stored.ahead)
 
     async def fresh(self, row: Standing, configured: Configured, ask: Ask, at: float) -> Handout:
         """Return a token that fits ``ask``, refreshing at most once; concurrent callers share one refresh.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from broker.credentials.refreshing import Refreshing
+from broker.credentials.snapshots import Snapshot
 from broker.credentials.stored_secrets import StoredSecrets, bearer_of, sha256_hex
 from broker.credentials.usable import Standing, read_row, require_pinned, require_usable
 from broker.database import Database
@@ -82,7 +83,8 @@ class HandingOut:
 
     async def _opened(self, row: Standing) -> tuple[Standing, dict[str, Any]]:
         """Return the row and its secret; both anew if the secret moved on since the row was read."""
-        value = await self._stored.content(row.id, row.secret_version)
+        sealed = row.sealed if isinstance(row, Snapshot) else None
+        value = await self._stored.content(row.id, row.secret_version, sealed=sealed)
         if value is not None:
             return row, value
         current, _ = await read_row(self._database, row.id)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import sqlalchemy as sa
 
@@ -19,7 +19,8 @@ KEPT_TEXTS = 4_096
 class Snapshot(NamedTuple):
     """A connection's row as it was at ``at`` (the database's clock); named as in ``models.Connection``.
 
-    ``integration_version`` is (created_at, updated_at) of its integration, (None, None) when that is gone.
+    ``integration_version`` is (created_at, updated_at) of its integration, (None, None) when that is gone. ``sealed``: its
+    secret as the database holds it, None where that was not read along.
     """
 
     id: str
@@ -43,11 +44,14 @@ class Snapshot(NamedTuple):
     scopes: Sequence[str]
     integration_version: tuple[float | None, float | None]
     at: float
+    sealed: bytes | None = None
 
 
+Ahead: TypeAlias = Callable[[sa.Connection, Sequence[tuple[str, int]]], Sequence[bytes | None]]
 _ROWS = cast("sa.Table", Connection.__table__)  # type: ignore[attr-defined]
 _INTEGRATIONS = cast("sa.Table", Integration.__table__)  # type: ignore[attr-defined]
 _PLAIN = Snapshot._fields[: Snapshot._fields.index("refreshable")]
+_VERSION = _PLAIN.index("secret_version")
 _JSON = ("pins", "variables", "tags", "scopes")
 _QUERY = sa.select(
     *(_ROWS.c[name] for name in _PLAIN),
@@ -65,10 +69,14 @@ _BY_SUBJECT = _QUERY.where(
 )
 
 
-def find_snapshots(connection: sa.Connection, ids: Sequence[str]) -> list[Snapshot | None]:
-    """Return what each of these connections is now, None for one that there is not; a deleted one is there."""
+def find_snapshots(connection: sa.Connection, ids: Sequence[str], ahead: Ahead | None = None) -> list[Snapshot | None]:
+    """Return what each of these connections is now, None for one that there is not; a deleted one is there.
+
+    ``ahead`` (of ``StoredSecrets``) finds their secrets: read here, none of them costs a query of its own.
+    """
     rows, at = _BY_ID.rows(connection, ids)
-    found = {row[0]: _snapshot(row, at) for row in rows}
+    secrets = ahead(connection, [(row[0], row[_VERSION]) for row in rows]) if ahead is not None else [None] * len(rows)
+    found = {row[0]: _snapshot(row, at, sealed) for row, sealed in zip(rows, secrets, strict=True)}
     return [found.get(one) for one in ids]
 
 
@@ -79,10 +87,10 @@ def snapshots_of(connection: sa.Connection, integration: str, subject: str) -> l
     return [_snapshot(row[:-1], row[-1]) for row in rows]
 
 
-def _snapshot(row: Sequence[Any], at: float) -> Snapshot:
+def _snapshot(row: Sequence[Any], at: float, sealed: bytes | None = None) -> Snapshot:
     pins, variables, tags, scopes, created_at, updated_at = row[-6:]
     maps = (_map_of(pins), _map_of(variables), _map_of(tags))
-    return Snapshot._make((*row[:-7], bool(row[-7]), *maps, _list_of(scopes), (created_at, updated_at), at))
+    return Snapshot._make((*row[:-7], bool(row[-7]), *maps, _list_of(scopes), (created_at, updated_at), at, sealed))
 
 
 # Most connections of an integration have the same pins, scopes and tags: their text is decoded once. What comes of it is

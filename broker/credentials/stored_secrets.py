@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -67,10 +67,14 @@ class StoredSecrets:
         self._database = database
         self._vault = vault
 
-    async def content(self, connection_id: str, version: int) -> dict[str, Any] | None:
-        """Return one version; None when it is gone or does not open."""
+    def ahead(self, connection: sa.Connection, wanted: Sequence[tuple[str, int]]) -> Sequence[bytes | None]:
+        """Return what the database holds of these (connection id, version), sealed: see ``Vault.ahead``."""
+        return self._vault.ahead(connection, [(secret_owner(one), version) for one, version in wanted])
+
+    async def content(self, connection_id: str, version: int, *, sealed: bytes | None = None) -> dict[str, Any] | None:
+        """Return one version; None when it is gone or does not open. ``sealed``: what ``ahead`` returned of it."""
         try:
-            return (await self._vault.get(secret_owner(connection_id), version))[1]
+            return (await self._vault.get(secret_owner(connection_id), version, sealed=sealed))[1]
         except (SecretNotFound, SecretUnreadable):
             return None
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
+
+import sqlalchemy as sa
 
 from broker.settings import Settings, SettingsError
 
@@ -42,8 +44,17 @@ class Vault(Protocol):
         Raises ``VaultConflict`` with the version found otherwise; then nothing was written.
         """
 
-    async def get(self, owner: str, version: int | None = None) -> tuple[int, dict[str, Any]]:
-        """Return (version, value) of one version, the newest for None.
+    def ahead(self, connection: sa.Connection, wanted: Sequence[tuple[str, int]]) -> Sequence[bytes | None]:
+        """Return what the broker's own database holds of these (owner, version), still sealed, to go with ``get``.
+
+        It is read with the caller's connection, beside what the caller reads there. None where nothing is, where ``get`` needs
+        no database, and from a store of its own.
+        """
+
+    async def get(
+        self, owner: str, version: int | None = None, *, sealed: bytes | None = None
+    ) -> tuple[int, dict[str, Any]]:
+        """Return (version, value) of one version, the newest for None; ``sealed`` (of ``ahead``) spares reading it.
 
         Raises ``SecretNotFound``, or ``SecretUnreadable`` when the bytes do not open for exactly this owner and version.
         """

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
+
+import sqlalchemy as sa
 
 from broker.vault import Vault
 
@@ -31,36 +34,56 @@ class CachedVault:
         self._vault = vault
         self._seconds = seconds
         self._timer = timer
-        self._opened: dict[str, _Opened] = {}  # in the order in which they are over: all live equally long
+        # In the order in which they are over: all live equally long. The first of a plain dict, whose first ones are taken
+        # out again and again, is found by walking over all the gaps.
+        self._opened: OrderedDict[str, _Opened] = OrderedDict()
+        self._gone: OrderedDict[str, None] = (
+            OrderedDict()
+        )  # destroyed here lately: what was read ahead of them counts no more
         self._destroyed = 0  # counts; a read that began before the last one does not keep what it found
 
     async def put(self, owner: str, value: Mapping[str, Any], *, expected_version: int) -> int:
         """See ``Vault``. Other versions stay what they are, so nothing is dropped."""
         return await self._vault.put(owner, value, expected_version=expected_version)
 
-    async def get(self, owner: str, version: int | None = None) -> tuple[int, dict[str, Any]]:
+    def ahead(self, connection: sa.Connection, wanted: Sequence[tuple[str, int]]) -> Sequence[bytes | None]:
+        """See ``Vault``. Only what is not in memory is read."""
+        missing = [one for one in wanted if self._known(*one) is None]
+        if not missing:
+            return [None] * len(wanted)
+        found = dict(zip(missing, self._vault.ahead(connection, missing), strict=True))
+        return [found.get(one) for one in wanted]
+
+    async def get(
+        self, owner: str, version: int | None = None, *, sealed: bytes | None = None
+    ) -> tuple[int, dict[str, Any]]:
         """See ``Vault``. The newest version is always asked for; an exact one may come from memory."""
-        known = self._opened.get(owner) if version is not None else None
-        if known is not None and known.version == version and self._timer() < known.until:
+        known = None if version is None else self._known(owner, version)
+        if version is not None and known is not None:
             return version, _copied(known.value)
         before = self._destroyed
-        found, value = await self._vault.get(owner, version)
+        found, value = await self._vault.get(owner, version, sealed=None if owner in self._gone else sealed)
         if self._seconds > 0 and before == self._destroyed:
             self._keep(owner, found, _copied(value))
         return found, value
+
+    def _known(self, owner: str, version: int) -> _Opened | None:
+        known = self._opened.get(owner)
+        return known if known is not None and known.version == version and self._timer() < known.until else None
 
     def _keep(self, owner: str, version: int, value: dict[str, Any]) -> None:
         at = self._timer()
         self._opened.pop(owner, None)
         self._opened[owner] = _Opened(at + self._seconds, version, value)
-        while (first := next(iter(self._opened))) != owner:
-            if self._opened[first].until > at and len(self._opened) <= LARGEST:
-                return
-            del self._opened[first]
+        while len(self._opened) > LARGEST or next(iter(self._opened.values())).until <= at:
+            self._opened.popitem(last=False)
 
     async def destroy(self, owner: str) -> None:
         """See ``Vault``."""
         self._drop(owner)
+        self._gone[owner] = None
+        if len(self._gone) > LARGEST:
+            self._gone.popitem(last=False)
         try:
             await self._vault.destroy(owner)
         finally:

@@ -6,14 +6,14 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
 import sqlalchemy as sa
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from sqlmodel import Session, col
 
-from broker.database import Database, GroupReader, batched, now
+from broker.database import Database, batched, now
 from broker.errors import DatabaseUnavailable, SecretStoreUnavailable
 from broker.models import SealedSecret
 from broker.vault import SecretNotFound, SecretUnreadable, VaultConflict
@@ -39,11 +39,6 @@ class SealedRows:
 
     database: Database
     sealer: Sealer
-    _versions: GroupReader[tuple[str, int], bytes | None] = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        """Make the reader of versions that are asked for at the same time."""
-        object.__setattr__(self, "_versions", GroupReader(self.database, _find_versions))
 
     async def put(self, owner: str, value: Mapping[str, Any], *, expected_version: int) -> int:
         """See ``Vault``. Writing and dropping versions that are too old is one transaction.
@@ -63,20 +58,33 @@ class SealedRows:
         sealed = self.sealer.seal(plaintext, owner=owner, purpose=PURPOSE, version=version)
         return {"owner": owner, "version": version, "key_id": self.sealer.key_id_of(sealed), "sealed": sealed}
 
-    async def get(self, owner: str, version: int | None = None) -> tuple[int, dict[str, Any]]:
+    def ahead(self, connection: sa.Connection, wanted: Sequence[tuple[str, int]]) -> Sequence[bytes | None]:
+        """See ``Vault``. All versions of an owner are read: there are three at most. What fails is left to ``get`` to tell."""
+        try:
+            rows, _ = _VERSIONS.rows(connection, [owner for owner, _ in wanted])
+        except SQLAlchemyError:
+            return [None] * len(wanted)
+        found = {(owner, version): sealed for owner, version, sealed in rows}
+        return [found.get(one) for one in wanted]
+
+    async def get(
+        self, owner: str, version: int | None = None, *, sealed: bytes | None = None
+    ) -> tuple[int, dict[str, Any]]:
         """See ``Vault``. A data key that another replica made is loaded on the way."""
         with _store_errors():
-            if version is None:
-                found = await self.database.read(lambda session: _find_newest(session, owner))
-            else:
-                sealed = await self._versions.submit((owner, version))
-                found = None if sealed is None else (version, sealed)
-            if found is None:
-                raise SecretNotFound("there is no such version")
+            if version is None or sealed is None:
+                version, sealed = await self._found(owner, version)
             plaintext = await self.sealer.open_fresh(
-                self.database, found[1], owner=owner, purpose=PURPOSE, version=found[0]
+                self.database, sealed, owner=owner, purpose=PURPOSE, version=version
             )
-        return found[0], _object(plaintext)
+        return version, _object(plaintext)
+
+    async def _found(self, owner: str, version: int | None) -> tuple[int, bytes]:
+        query = _newest_first(owner) if version is None else _newest_first(owner).where(_ROWS.c.version == version)
+        found = await self.database.read(lambda session: session.execute(query.limit(1)).first())
+        if found is None:
+            raise SecretNotFound("there is no such version")
+        return found.version, found.sealed
 
     async def destroy(self, owner: str) -> None:
         """See ``Vault``. A ``put`` that runs at the same time comes wholly before it, or after it."""
@@ -132,21 +140,13 @@ def _append(session: Session, row: Mapping[str, Any], expected_version: int) -> 
     )
 
 
-def _find_newest(session: Session, owner: str) -> tuple[int, bytes] | None:
-    newest = sa.select(col(SealedSecret.version), col(SealedSecret.sealed)).where(col(SealedSecret.owner) == owner)
-    found = session.execute(newest.order_by(col(SealedSecret.version).desc()).limit(1)).first()
-    return None if found is None else (found.version, found.sealed)
-
-
 _ROWS = cast("sa.Table", SealedSecret.__table__)  # type: ignore[attr-defined]
 _VERSIONS = batched(sa.select(_ROWS.c.owner, _ROWS.c.version, _ROWS.c.sealed), _ROWS.c.owner)
 
 
-def _find_versions(connection: sa.Connection, wanted: Sequence[tuple[str, int]]) -> list[bytes | None]:
-    """Return these owners' versions as they are sealed. All versions of an owner are read: there are three at most."""
-    rows, _ = _VERSIONS.rows(connection, [owner for owner, _ in wanted])
-    found = {(owner, version): sealed for owner, version, sealed in rows}
-    return [found.get(one) for one in wanted]
+def _newest_first(owner: str) -> sa.Select[int, bytes]:
+    query = sa.select(_ROWS.c.version, _ROWS.c.sealed).where(_ROWS.c.owner == owner)
+    return query.order_by(_ROWS.c.version.desc())
 
 
 def _delete(session: Session, owner: str) -> None:

@@ -704,11 +704,11 @@ class SlowVault:
         """Pass everything else on."""
         return getattr(self.vault, name)
 
-    async def get(self, owner: str, version: int | None = None) -> Any:
+    async def get(self, owner: str, version: int | None = None, *, sealed: bytes | None = None) -> Any:
         """Wait, then read."""
         self.reading.set()
         await self.go_on.wait()
-        return await self.vault.get(owner, version)
+        return await self.vault.get(owner, version, sealed=sealed)
 
 
 @pytest.mark.parametrize(

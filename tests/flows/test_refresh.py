@@ -9,7 +9,7 @@ import hashlib
 import json
 import random
 import sqlite3
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -609,8 +609,13 @@ class CrashingVault:
             raise Crash
         return version
 
-    async def get(self, owner: str, version: int | None = None) -> tuple[int, dict[str, Any]]:
-        return await self._vault.get(owner, version)
+    def ahead(self, connection: sa.Connection, wanted: Sequence[tuple[str, int]]) -> Sequence[bytes | None]:
+        return self._vault.ahead(connection, wanted)
+
+    async def get(
+        self, owner: str, version: int | None = None, *, sealed: bytes | None = None
+    ) -> tuple[int, dict[str, Any]]:
+        return await self._vault.get(owner, version, sealed=sealed)
 
     async def destroy(self, owner: str) -> None:
         await self._vault.destroy(owner)

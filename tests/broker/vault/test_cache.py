@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 
 from broker.database import opened
 from broker.errors import SecretStoreUnavailable
-from broker.vault import SecretNotFound, Vault, VaultConflict
+from broker.vault import SecretNotFound, SecretUnreadable, Vault, VaultConflict
 from broker.vault.cache import LARGEST, CachedVault
 from broker.vault.keyring import Keyring, open_sealer, parse_keys
 from broker.vault.sealed_rows import SealedRows
@@ -25,6 +26,7 @@ class Store:
     def __init__(self) -> None:
         self.values: dict[str, list[dict[str, Any]]] = {}
         self.reads = 0
+        self.read_ahead = 0
         self.gate: asyncio.Event | None = None
         self.down = False
 
@@ -35,7 +37,15 @@ class Store:
         versions.append(dict(value))
         return len(versions)
 
-    async def get(self, owner: str, version: int | None = None) -> tuple[int, dict[str, Any]]:
+    def ahead(self, connection: sa.Connection, wanted: Sequence[tuple[str, int]]) -> Sequence[bytes | None]:
+        del connection
+        self.read_ahead += len(wanted)
+        return [b"%d" % version for _, version in wanted]
+
+    async def get(
+        self, owner: str, version: int | None = None, *, sealed: bytes | None = None
+    ) -> tuple[int, dict[str, Any]]:
+        assert sealed in {None, b"%d" % (version or 0)}
         self.reads += 1
         versions = self.values.get(owner, [])
         number = version or len(versions)
@@ -54,6 +64,9 @@ class Store:
 
     async def owners(self, prefix: str) -> list[tuple[str, float]]:
         return [(owner, 0.0) for owner in self.values if owner.startswith(prefix)]
+
+
+NOWHERE: Any = object()  # a database connection that is not used
 
 
 class Clock:
@@ -118,6 +131,33 @@ async def test_what_was_handed_out_can_be_changed_without_changing_what_is_kept(
         value["a"].append(9)
         value["b"]["c"] = 9
         value["d"] = 9
+
+
+async def test_what_is_in_memory_is_not_read_ahead() -> None:
+    store, vault, clock = await cached()
+    assert vault.ahead(NOWHERE, [("o", 1), ("p", 2)]) == [b"1", b"2"]
+    await vault.get("o", 1, sealed=b"1")
+    assert vault.ahead(NOWHERE, [("p", 2), ("o", 1), ("o", 2)]) == [b"2", None, b"2"]
+    assert vault.ahead(NOWHERE, [("o", 1)]) == [None]
+    assert store.read_ahead == 4
+    clock.now += 31
+    assert vault.ahead(NOWHERE, [("o", 1)]) == [b"1"]
+
+
+async def test_what_was_read_ahead_of_a_destroy_is_worth_nothing_after_it(sqlite_url: str) -> None:
+    keyring = Keyring(parse_keys(f"k:{base64.b64encode(bytes(32)).decode()}", setting="BROKER_KEYRING"))
+    async with opened(sqlite_url, migrate=False) as database:
+        vault = CachedVault(SealedRows(database, await open_sealer(database, keyring)), seconds=30)
+        for owner in ("connections/con_a", "connections/con_b"):
+            await vault.put(owner, {"a": owner}, expected_version=0)
+        wanted = [("connections/con_a", 1), ("connections/con_b", 1)]
+        first, second = await database.query(lambda one: vault.ahead(one, wanted))
+        await vault.destroy("connections/con_a")
+        with pytest.raises(SecretNotFound):
+            await vault.get("connections/con_a", 1, sealed=first)
+        assert await vault.get("connections/con_b", 1, sealed=second) == (1, {"a": "connections/con_b"})
+        with pytest.raises(SecretUnreadable):
+            await CachedVault(vault, seconds=0).get("connections/con_c", 1, sealed=second)
 
 
 async def test_a_destroyed_secret_is_gone_at_once() -> None:
