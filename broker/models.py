@@ -119,6 +119,7 @@ class ClientSecret(SQLModel, table=True):
     integration: str = Field(index=True)
     source: str = "api"
     value_digest: str
+    state: str = Field(default="live", sa_column_kwargs={"server_default": "live"}, description="candidate or live")
     last_used_at: float | None = _time()
     refused_at: float | None = _time()
     created_at: float = _time(nullable=False)
@@ -333,7 +334,11 @@ class SealedSecret(SQLModel, table=True):
 
 
 class DataKey(SQLModel, table=True):
-    """A data key, wrapped by a key-encryption key of the keyring."""
+    """A data key, wrapped by a key-encryption key (of the keyring, or Vault's Transit).
+
+    Next (not yet activated) → current → previous → retired. What is retired was shredded: ``wrapped`` is empty, and a write
+    that was sealed under it is refused in its own transaction.
+    """
 
     __tablename__ = "data_keys"
 
@@ -342,6 +347,8 @@ class DataKey(SQLModel, table=True):
     wrapped: bytes = _sealed(nullable=False)
     current: bool = True
     created_at: float = _time(nullable=False)
+    activated_at: float | None = _time()
+    retired_at: float | None = _time()
 
 
 class KeyCheck(SQLModel, table=True):
@@ -352,6 +359,7 @@ class KeyCheck(SQLModel, table=True):
     key_id: str = Field(primary_key=True)
     check_value: str
     created_at: float = _time(nullable=False)
+    retired_at: float | None = _time()
 
 
 class SystemKey(SQLModel, table=True):
@@ -370,9 +378,11 @@ class SystemKey(SQLModel, table=True):
 
     id: str = Field(primary_key=True)
     purpose: str = Field(index=True)
-    state: str = Field(default="current", description="current or previous")
+    state: str = Field(default="current", description="next, current, previous or retired")
     sealed_key: bytes = _sealed(nullable=False)
     created_at: float = _time(nullable=False)
+    activated_at: float | None = _time()
+    retire_at: float | None = _time()
 
 
 class Caller(SQLModel, table=True):
@@ -386,6 +396,7 @@ class Caller(SQLModel, table=True):
     grants: list[dict[str, Any]] = _json(list)
     expires_at: float | None = _time()
     created_at: float = _time(nullable=False)
+    mac: str | None = None
 
 
 class CallerKey(SQLModel, table=True):
@@ -400,6 +411,8 @@ class CallerKey(SQLModel, table=True):
     last_used_at: float | None = _time()
     expires_at: float | None = _time()
     revoked_at: float | None = _time()
+    warned_at: float | None = _time()
+    mac: str | None = None
 
 
 class AuditRecord(SQLModel, table=True):
@@ -453,6 +466,98 @@ class AuditCheckpoint(SQLModel, table=True):
     at: float = _time(nullable=False)
     key_id: str
     signature: str
+
+
+class AuditFloor(SQLModel, table=True):
+    """Where the chain begins since older records were removed: the last one removed, its link, and a MAC over both."""
+
+    __tablename__ = "audit_floor"
+
+    id: int = Field(default=1, primary_key=True)
+    number: int = _count()
+    chain: str = ""
+    mac: str = ""
+    key_id: str = ""
+    cut_at: float = _time(nullable=False)
+
+
+class Replica(SQLModel, table=True):
+    """A process that is alive, and which keys it has: a new key is used once every live one has it."""
+
+    __tablename__ = "replicas"
+
+    id: str = Field(primary_key=True)
+    kind: str = Field(description="serve, worker or cli")
+    host: str = ""
+    version: str = ""
+    keys: dict[str, list[str]] = _json(dict)
+    started_at: float = _time(nullable=False)
+    seen_at: float = _time(nullable=False, index=True)
+
+
+class Rotation(SQLModel, table=True):
+    """The replacement of one key by another, step by step: any process may do the next step, one at a time.
+
+    ``state``: running, paused, done, failed. ``step`` and ``detail`` are the key class's own. ``position`` is where the
+    rewriting has got to, so that a crash repeats one batch at most.
+    """
+
+    __tablename__ = "rotations"
+
+    id: str = Field(primary_key=True)
+    key_class: str = Field(index=True)
+    state: str = Field(default="running", index=True)
+    step: str = "publish"
+    old_key: str | None = None
+    new_key: str | None = None
+    total: int = _count()
+    done: int = _count()
+    failed: int = _count()
+    position: str | None = None
+    detail: dict[str, Any] = _json(dict)
+    created_by: str | None = None
+    created_at: float = _time(nullable=False)
+    updated_at: float = _time(nullable=False)
+    ended_at: float | None = _time()
+    lease_owner: str | None = None
+    lease_expires_at: float | None = _time()
+
+
+class Revocation(SQLModel, table=True):
+    """A freeze or a revocation of many connections at once. ``state``: running, done, lifting, lifted."""
+
+    __tablename__ = "revocations"
+
+    id: str = Field(primary_key=True)
+    action: str = Field(description="freeze or revoke")
+    selector: dict[str, Any] = _json(dict)
+    reason: str
+    state: str = Field(default="running", index=True)
+    total: int = _count()
+    done: int = _count()
+    failed: int = _count()
+    created_by: str | None = None
+    created_at: float = _time(nullable=False, index=True)
+    ended_at: float | None = _time()
+    lease_owner: str | None = None
+    lease_expires_at: float | None = _time()
+
+
+class RevocationResult(SQLModel, table=True):
+    """What one connection came to in a ``Revocation``; ``status_before`` is what lifting a freeze brings back."""
+
+    __tablename__ = "revocation_results"
+    __table_args__ = (Index("ix_revocation_results_open", "revocation_id", "result", "connection_id"),)
+
+    revocation_id: str = Field(primary_key=True)
+    connection_id: str = Field(primary_key=True)
+    status_before: str
+    status_reason_before: str | None = None
+    result: str = Field(default="pending", description="pending, frozen, lifted, or as an answer's ``revocation``")
+    detail: str | None = None
+    attempts: int = 0
+    not_before_at: float | None = _time()
+    at: float | None = _time()
 
 
 class IdempotentAnswer(SQLModel, table=True):
