@@ -15,10 +15,11 @@ define HELP
   make demo         walk through the whole way of a credential, with no account anywhere
   make test         every test that needs nothing but Python packages, with branch coverage
   make test-real    tests against real parts that npm, Debian or Go bring (needs npm)
+  make vault        build the HashiCorp Vault for test-real from its sources, once (needs Go; four minutes)
   make check        ruff, formatting, types, import layers, locks, rules, docs
   make crash        the crash and load campaigns in full length
   make soak         five minutes of a provider in trouble, with its figures
-  make bench        run the benchmarks; make bench-tokens the one of token hand-outs
+  make bench        run the benchmarks; make bench-tokens the one of token hand-outs, bench-vault that of secrets in Vault
   make fresh-check  demo and test in a clone, with an empty home and nothing but Python and make on the path
   make lock         refresh requirements.lock and requirements-dev.lock (needs the package index)
   make clean        remove what the other targets made
@@ -29,7 +30,7 @@ define HELP
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-real check bench bench-tokens crash soak fresh-check lock clean runtime-environment dev-environment \
+.PHONY: help demo test test-real vault check bench bench-tokens bench-vault crash soak fresh-check lock clean runtime-environment dev-environment \
 	check-lint check-format check-types check-imports check-rules
 
 help:
@@ -47,7 +48,10 @@ demo: runtime-environment
 test: dev-environment
 	$(PYTEST) -m "not real" --ignore tests/real --cov --cov-report term $(TEST)
 
-test-real: dev-environment
+vault: dev-environment
+	@$(BIN)/python .ci/vault/build.py
+
+test-real: dev-environment vault
 	cd tests/real && npm ci --no-audit --no-fund
 	$(PYTEST) tests/real $(TEST)
 
@@ -70,12 +74,15 @@ check-imports:
 check-rules:
 	$(PYTEST) -q tests/test_rules.py tests/test_docs.py
 
-bench bench-tokens: export PYTHONPATH := $(CURDIR)
+bench bench-tokens bench-vault: export PYTHONPATH := $(CURDIR)
 
 bench-tokens: dev-environment
 	$(BIN)/python benchmarks/tokens.py
 
-bench: dev-environment
+bench-vault: dev-environment vault
+	$(BIN)/python benchmarks/vault.py
+
+bench: dev-environment vault
 	$(if $(BENCHMARKS),,$(error there is nothing in benchmarks/))
 	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script; done
 

@@ -31,8 +31,13 @@ import broker.api.callers
 import broker.api.connections
 import broker.api.device_flows
 import broker.api.integrations
+import broker.api.keys
 import broker.api.providers
+import broker.api.revocations
 import broker.api.sessions
+import broker.api.subjects
+import broker.api.token_exchange
+import broker.callers.routes
 import broker.oauth.routes
 import broker.web.routes
 from broker import __version__
@@ -49,6 +54,10 @@ from broker.api.requests import (
 from broker.audit import Audit, open_audit
 from broker.background_refresh import BackgroundRefresh
 from broker.callers import Callers
+from broker.callers.exchange import LONGEST_SECONDS
+from broker.callers.opening import CallerParts, open_callers
+from broker.callers.upkeep import Upkeep
+from broker.client_secrets import Canaries
 from broker.connections import Connections
 from broker.credentials import Credentials
 from broker.database import Database, PostgresDatabase, SqliteDatabase, open_database
@@ -71,12 +80,19 @@ from broker.oauth.confirm import Confirmations
 from broker.oauth.device import DeviceFlows
 from broker.oauth.flow import Flows, Outcome
 from broker.refresh import CONFIRM_SECONDS
+from broker.replicas import Replicas
+from broker.revocations import Revocations
+from broker.rotation import Rotations
+from broker.rotation.data import DataKeys
+from broker.rotation.encryption import EncryptionKeys
+from broker.rotation.system import SystemKeyClass
 from broker.sessions import Sessions
 from broker.settings import Settings, SettingsError, load_settings
 from broker.telemetry import Metrics, access_line, configure_logging, new_metrics, render
-from broker.vault import Vault, open_vault
+from broker.vault import Vault, open_server, open_vault, open_wrapping
 from broker.vault.cache import CachedVault
-from broker.vault.keyring import Sealer, load_keyring, open_sealer
+from broker.vault.keyring import Sealer, Wrapping, open_sealer
+from broker.vault.system_keys import SystemKeys
 from broker.web.pages import Pages
 from broker.worker import Worker
 from providers import load_catalog
@@ -84,6 +100,9 @@ from providers.spec import Secret
 
 GARBAGE_THRESHOLD = 20_000
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{8,128}")
+DAY_SECONDS = 86_400.0
+# How long at most what a root key made is good; None: for ever, so that key is never retired.
+LIVES = {"webhook-signing": DAY_SECONDS, "jwt-signing": LONGEST_SECONDS, "session": DAY_SECONDS, "audit": None}
 BROWSER_PATHS = ("/oauth/", "/connect")
 BROWSER_RATES = {"start": "120/minute", "callback": "240/minute", "connect": "240/minute"}
 log = structlog.get_logger()
@@ -100,6 +119,7 @@ class Parts:
     audit: Audit
     egress: Egress
     callers: Callers
+    caller_upkeep: Upkeep
     integrations: Integrations
     sessions: Sessions
     credentials: Credentials
@@ -110,6 +130,12 @@ class Parts:
     metrics: Metrics
     limiter: AddressLimiter
     pages: Pages
+    wrapping: Wrapping
+    replicas: Replicas
+    session_keys: SystemKeys
+    rotations: Rotations
+    canaries: Canaries
+    revocations: Revocations
 
 
 @contextlib.asynccontextmanager
@@ -119,27 +145,55 @@ async def open_parts(settings: Settings, *, confirm_seconds: float = CONFIRM_SEC
     ``confirm_seconds``: see ``Credentials``.
     Raises SettingsError for a wrong setting (a key that is missing or differs too), DatabaseUnavailable.
     """
-    keyring = load_keyring(settings)
     async with contextlib.AsyncExitStack() as stack:
+        server = await open_server(settings)
+        if server is not None:
+            stack.push_async_callback(server.aclose)
+        keyring = await open_wrapping(settings, server)
         database = database_of(settings)
         stack.push_async_callback(database.aclose)
         await database.migrate()
         sealer = await open_sealer(database, keyring)
-        vault = CachedVault(await open_vault(settings, database, sealer), seconds=settings.secret_cache_seconds)
+        vault = CachedVault(await open_vault(settings, database, sealer, server), seconds=settings.secret_cache_seconds)
         counters = new_metrics()
-        audit = await open_audit(database, sealer, settings, on_failure=counters.audit_failure)
+        audit = await open_audit(database, sealer, settings, on_failure=counters.audit_failure, vault=vault)
         stack.push_async_callback(audit.aclose)
         egress = Egress(settings)
         stack.push_async_callback(egress.aclose)
-        callers = Callers(database, audit)
-        stack.push_async_callback(callers.aclose)
-        parts = _assembled(settings, database, sealer, vault, audit, egress, callers, counters, confirm_seconds)
+        replicas = Replicas(database, sealer, keyring, on_revocation=(vault.clear,))
+        root_keys = await _root_keys(database, sealer, replicas, audit)
+        signing = root_keys["jwt-signing"]
+        opening = open_callers(settings, database, sealer, signing, audit, egress, counters)
+        callers = await stack.enter_async_context(opening)
+        replicas.watch(callers.row_keys)
+        of_keys = (sealer, vault, keyring, replicas, root_keys)
+        of_all = (settings, database, audit, egress, counters)
+        parts = _assembled(of_all, of_keys, callers, confirm_seconds)
+        stack.push_async_callback(parts.integrations.aclose)
         stack.push_async_callback(parts.credentials.aclose)
         stack.push_async_callback(parts.connections.aclose)
         if settings.admin_key is not None:
-            await callers.ensure_admin(Secret(settings.admin_key.reveal()))
+            await callers.callers.ensure_admin(Secret(settings.admin_key.reveal()))
         await parts.integrations.create_from_settings()
         yield parts
+
+
+async def _root_keys(database: Database, sealer: Sealer, replicas: Replicas, audit: Audit) -> dict[str, SystemKeys]:
+    """Return the root keys of each purpose that is rotated, loaded, and watched by this process's heartbeat."""
+    found = {one: SystemKeys(database, sealer, one) for one in LIVES}
+    found["audit"] = audit.system_keys  # the very ones that it writes with
+    for keys in found.values():
+        await keys.load()
+        replicas.watch(keys)
+    return found
+
+
+def _rotations(
+    database: Database, audit: Audit, sealer: Sealer, wrapping: Wrapping, root_keys: Mapping[str, SystemKeys]
+) -> Rotations:
+    encryption = EncryptionKeys(database, wrapping, getattr(wrapping, "rotate", None))
+    of_root = [SystemKeyClass(database, keys, life_seconds=LIVES[one]) for one, keys in root_keys.items()]
+    return Rotations(database, audit, [encryption, DataKeys(database, sealer, wrapping), *of_root])
 
 
 def database_of(settings: Settings) -> SqliteDatabase | PostgresDatabase:
@@ -151,20 +205,18 @@ def database_of(settings: Settings) -> SqliteDatabase | PostgresDatabase:
 
 
 def _assembled(
-    settings: Settings,
-    database: Database,
-    sealer: Sealer,
-    vault: Vault,
-    audit: Audit,
-    egress: Egress,
-    callers: Callers,
-    metrics: Metrics,
+    of_all: tuple[Settings, Database, Audit, Egress, Metrics],
+    of_keys: tuple[Sealer, CachedVault, Wrapping, Replicas, dict[str, SystemKeys]],
+    of_callers: CallerParts,
     confirm_seconds: float,
 ) -> Parts:
+    settings, database, audit, egress, metrics = of_all
+    sealer, vault, wrapping, replicas, root_keys = of_keys
     integrations = Integrations(database, vault, egress, audit, load_catalog(), settings)
     of_credentials = (database, vault, sealer, egress, integrations, audit, metrics)
     credentials = Credentials(*of_credentials, confirm_seconds=confirm_seconds)
-    confirmations = Confirmations(database, vault, credentials, audit)
+    callers = of_callers.callers
+    confirmations = Confirmations(database, vault, credentials, audit, callers.standing)
     of_flows = (database, vault, sealer, egress, integrations, confirmations, audit, settings, metrics)
     return Parts(
         settings=settings,
@@ -174,17 +226,31 @@ def _assembled(
         audit=audit,
         egress=egress,
         callers=callers,
+        caller_upkeep=of_callers.upkeep,
         integrations=integrations,
-        sessions=Sessions(database, audit),
+        sessions=Sessions(database, audit, callers.standing),
         credentials=credentials,
         confirmations=confirmations,
         flows=Flows(*of_flows),
-        device_flows=DeviceFlows(*of_flows),
+        device_flows=DeviceFlows(*of_flows, callers.standing),
         connections=Connections(database, vault, credentials, integrations, audit, metrics),
         metrics=metrics,
         limiter=AddressLimiter(BROWSER_RATES),
         pages=Pages(),
+        wrapping=wrapping,
+        replicas=replicas,
+        session_keys=root_keys["session"],
+        rotations=_rotations(database, audit, sealer, wrapping, root_keys),
+        canaries=Canaries(database, integrations, credentials, egress),
+        revocations=_revocations(settings, database, credentials, audit, vault),
     )
+
+
+def _revocations(
+    settings: Settings, database: Database, credentials: Credentials, audit: Audit, vault: CachedVault
+) -> Revocations:
+    per_minute = settings.background_refreshes_per_minute
+    return Revocations(database, credentials, audit, per_minute=per_minute, forget_secrets=vault.clear)
 
 
 # The application
@@ -196,9 +262,9 @@ def create_app(parts: Parts) -> ASGIApp:
     readiness = cached_readiness(parts.database, parts.vault, parts.audit)
     groups = parts.settings.routes
     if "public" in groups:
-        handlers += [broker.oauth.routes.routes(), broker.web.routes.routes()]
+        handlers += [broker.oauth.routes.routes(), broker.web.routes.routes(), broker.callers.routes.routes()]
     if "private" in groups:
-        handlers.append(_private_routes(parts))
+        handlers += [_private_routes(parts), broker.api.token_exchange.routes()]
     if "admin" in groups:
         handlers.append(metrics)
     app = Litestar(
@@ -221,8 +287,8 @@ def create_app(parts: Parts) -> ASGIApp:
 
 
 _NAMES = (
-    *("settings", "database", "audit", "egress", "callers", "integrations", "sessions"),
-    *("credentials", "confirmations", "flows", "device_flows", "connections", "limiter", "pages"),
+    *("settings", "database", "audit", "egress", "callers", "integrations", "sessions", "rotations"),
+    *("credentials", "confirmations", "flows", "device_flows", "connections", "limiter", "pages", "revocations"),
 )
 
 
@@ -242,13 +308,16 @@ def _private_routes(parts: Parts) -> Router:
         broker.api.providers,
         broker.api.callers,
         broker.api.audit,
+        broker.api.keys,
+        broker.api.revocations,
+        broker.api.subjects,
     )
     return Router(
         path="/v1",
         route_handlers=[resource.routes() for resource in resources],
         middleware=[  # functions, because the framework copies instances deeply
             lambda app: Authentication(app, parts.callers),
-            lambda app: Idempotency(app, parts.database, parts.sealer),
+            lambda app: Idempotency(app, parts.database, parts.session_keys),
         ],
         guards=[strict_request],
         response_headers=[ResponseHeader(name="Cache-Control", value="no-store")],
@@ -462,6 +531,7 @@ class Served:
 
     async def _open(self) -> None:
         parts = await self._stack.enter_async_context(open_parts(self._settings))
+        await self._stack.enter_async_context(parts.replicas.beating("serve"))
         if self._with_worker:
             await self._stack.enter_async_context(running_worker(parts))
         _on_signal(parts.credentials.stop_waiting)
@@ -499,7 +569,17 @@ def new_worker(parts: Parts) -> Worker:
     refreshing = BackgroundRefresh(
         parts.credentials, parts.metrics, per_minute=parts.settings.background_refreshes_per_minute
     )
-    return Worker(parts.database, parts.credentials, parts.confirmations, parts.device_flows, refreshing, parts.audit)
+    more = (
+        (1.0, parts.rotations.move),
+        (60.0, parts.rotations.retire_due),
+        (1.0, parts.canaries.run_due),
+        (1.0, parts.revocations.advance),
+        (60.0, parts.caller_upkeep.warn),
+        (60.0, parts.caller_upkeep.undo_put_back),
+    )
+    return Worker(
+        parts.database, parts.credentials, parts.confirmations, parts.device_flows, refreshing, parts.audit, more
+    )
 
 
 @contextlib.asynccontextmanager

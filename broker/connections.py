@@ -21,6 +21,7 @@ from sqlmodel import Session, col, select
 from broker import policy
 from broker.audit import Audit, Entry
 from broker.credentials import Credentials, Handout, LeaseLost, Revoked, require_lease, secret_owner
+from broker.credentials.freezes import active_freezes, hold, require_not_ending
 from broker.credentials.last_use import LastUse
 from broker.credentials.snapshots import Snapshot, snapshots_of
 from broker.credentials.usable import Standing, require_usable
@@ -178,7 +179,8 @@ class Connections:
     async def token(self, connection_id: str, ask: Ask, asking: Asking) -> Handout:
         """Return a fresh token, after its hand-out is durably audited (AuditUnavailable otherwise: nothing leaves).
 
-        Where that took over ``RECHECK_SECONDS``, who asks and what they may is found out once more before it leaves.
+        Where that took over ``RECHECK_SECONDS``, who asks, what they may and whether the connection was stopped is found out
+        once more before it leaves, after a record that waited too: such a record tells of an attempt.
         """
         row = await self._snapshot(connection_id)
         await self._require_token(row, asking.principal)
@@ -225,6 +227,7 @@ class Connections:
             configured = await self._integrations.configured_at(row.integration, row.integration_version, row.variables)
             handout = await self._credentials.fresh(row, configured, ask, row.at)
             if time.monotonic() - began > RECHECK_SECONDS:
+                began = time.monotonic()
                 row, principal = await self._rechecked(row.id, asking)
         except BrokerError as error:
             self._metrics.handout(error.code)
@@ -233,6 +236,8 @@ class Connections:
         if asking.reason:
             detail["reason"] = asking.reason
         await self._audit.record(_entry("connection.token", row, principal, **detail))
+        if time.monotonic() - began > RECHECK_SECONDS:  # the record waited: what was stopped meanwhile stays here
+            await self._rechecked(row.id, asking)
         self._metrics.handout("ok")
         self._last_use.note(row, row.at)
         return handout
@@ -338,6 +343,7 @@ class Connections:
         version = await self._vault.put(secret_owner(connection_id), checked.value, expected_version=0)
 
         def work(session: Session) -> Connection:
+            freezes = active_freezes(session)
             row = Connection(
                 id=connection_id,
                 secret_version=version,
@@ -349,7 +355,9 @@ class Connections:
             )
             session.add(row)
             session.flush()
-            self._audit.append(session, _entry("connection.imported", row, principal, type=checked.value["type"]))
+            frozen = hold(session, row, freezes)
+            imported = _entry("connection.imported", row, principal, type=checked.value["type"])
+            self._audit.append(session, imported, *frozen)
             return row
 
         try:
@@ -369,6 +377,7 @@ class Connections:
         async with self._credentials.holding(existing_id) as claimed:
             policy.require(principal, "connect", target_of(claimed.row))
             _require_same_type(claimed.row, checked)
+            await self._database.read(lambda session: require_not_ending(session, existing_id))
             checked_size(merge_patch(claimed.row.extra, wanted.metadata), "/metadata")
             fields = await self._with_known_variables(claimed.row, fields)
             version = await self._credentials.put(
@@ -376,15 +385,19 @@ class Connections:
             )
 
             def work(session: Session) -> Connection:
+                freezes = active_freezes(session)
                 require_lease(session, claimed.lease)
-                row = session.get(Connection, existing_id)
+                row = session.get(Connection, existing_id, with_for_update=True)
                 if row is None or row.deleted_at is not None:
                     raise NotFound
+                if row.status == "revoked" != claimed.row.status:
+                    raise Conflict("the connection was revoked meanwhile; try again later")
                 for name, value in _replaced(row, wanted, fields, version).items():
                     setattr(row, name, value)
                 row.token_expires_at = _ends_at(session, checked)
                 session.flush()
-                self._audit.append(session, _entry("connection.imported", row, principal, replaced=True))
+                frozen = hold(session, row, freezes)
+                self._audit.append(session, _entry("connection.imported", row, principal, replaced=True), *frozen)
                 return row
 
             try:

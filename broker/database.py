@@ -489,7 +489,9 @@ def _postgres_arguments(busy_seconds: float, statement_seconds: float, **setting
             "application_name": "credential-broker",
             "lock_timeout": f"{busy_seconds}s",
             "statement_timeout": f"{statement_seconds}s",
-            "idle_in_transaction_session_timeout": f"{statement_seconds}s",
+            # Shorter than others wait for a lock: a process that stands still inside a transaction (a paused machine) loses
+            # the transaction, and with it the head of the audit, before they give up.
+            "idle_in_transaction_session_timeout": f"{max(1.0, 0.8 * busy_seconds)}s",
             **settings,
         },
     }

@@ -325,10 +325,12 @@ class SealedSecret(SQLModel, table=True):
     """The embedded store: one version of one owner's secret as an AES-256-GCM envelope."""
 
     __tablename__ = "sealed_secrets"
+    # what is under one key, in the order of the primary key: a rotation walks over it batch by batch
+    __table_args__ = (Index("ix_sealed_secrets_under", "key_id", "owner", "version"),)
 
     owner: str = Field(primary_key=True)
     version: int = Field(primary_key=True)
-    key_id: str = Field(index=True)
+    key_id: str
     sealed: bytes = _sealed(nullable=False)
     created_at: float = _time(nullable=False)
 

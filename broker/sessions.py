@@ -10,7 +10,7 @@ import hashlib
 import hmac
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import sqlalchemy as sa
@@ -18,13 +18,13 @@ from sqlmodel import Session, col
 
 from broker import policy
 from broker.audit import Audit, Entry
-from broker.callers import standing
 from broker.database import Database, now
 from broker.errors import FlowError, NotFound
 from broker.models import BrowserSession, new_id
 from broker.policy import Principal, Target
 from providers.spec import Secret
 
+Standing = Callable[[Session, str], Principal | None]  # ``Callers.standing``
 TOKEN_PATTERN = re.compile(r"bst_([a-z0-9]{26})_([A-Za-z0-9_-]{43})")
 ID_PATTERN = re.compile(r"ses_[a-z0-9]{26}")
 MIN_SECONDS, MAX_SECONDS = 60, 86_400
@@ -57,10 +57,11 @@ class Wanted:
 class Sessions:
     """Mints sessions and lets one browser own each. Calls may run at once on every replica."""
 
-    def __init__(self, database: Database, audit: Audit) -> None:
-        """Keep the parts."""
+    def __init__(self, database: Database, audit: Audit, standing: Standing) -> None:
+        """Keep the parts; ``standing`` says what a caller may do now."""
         self._database = database
         self._audit = audit
+        self._standing = standing
 
     async def mint(self, wanted: Wanted, principal: Principal) -> tuple[BrowserSession, Secret]:
         """Make a session and return its row and its token, shown once.
@@ -133,12 +134,12 @@ class Sessions:
         return row
 
     async def _live(self, session_id: str) -> BrowserSession | None:
-        live = await self._database.read(lambda session: live_session(session, session_id))
+        live = await self._database.read(lambda session: live_session(session, session_id, self._standing))
         return live[0] if live is not None else None
 
     async def minter(self, row: BrowserSession) -> Principal:
         """Return who minted a session, with the grants of now (FlowError ``session_expired`` when it may nothing more)."""
-        live = await self._database.read(lambda session: live_session(session, row.id))
+        live = await self._database.read(lambda session: live_session(session, row.id, self._standing))
         if live is None:
             raise FlowError("session_expired")
         return live[1]
@@ -151,7 +152,7 @@ class Sessions:
         return row
 
 
-def live_session(session: Session, session_id: str) -> tuple[BrowserSession, Principal] | None:
+def live_session(session: Session, session_id: str, standing: Standing) -> tuple[BrowserSession, Principal] | None:
     """Return a session that is not over, with the integrations that its minter may connect now, and the minter.
 
     None also when the minter is gone, expired or without a live key, or may connect none of them any more: a session is

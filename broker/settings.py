@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import ipaddress
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,6 +31,8 @@ from pydantic_settings import (
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 RouteGroup = Literal["public", "private", "admin"]
 PREFIX = "BROKER_"
+VAULT_VARIABLES = ("VAULT_ADDR", "VAULT_TOKEN", "VAULT_NAMESPACE", "VAULT_CACERT")
+_NOT_OURS = frozenset({"provider_credentials", "vault_variables"})  # read from names without our prefix
 
 
 class SettingsError(Exception):
@@ -76,22 +79,40 @@ class Settings(BaseSettings):
     data_dir: Path = Path("broker-data")
     database_url: Annotated[str, Field(repr=False)] = ""
     routes: Groups = ("public", "private", "admin")
-    vault: Literal["local"] = "local"
+    vault: Literal["local", "hashicorp"] = "local"
+    vault_fallback: Literal["local", "hashicorp"] | None = None
+    vault_mount: str = "secret"
+    vault_prefix: str = "broker"
+    vault_transit_key: str | None = None
+    vault_transit_mount: str = "transit"
+    vault_auth: Literal["token", "approle", "kubernetes"] = "token"
+    vault_auth_mount: str | None = None
+    vault_role_id: str | None = None
+    vault_secret_id: Secret | None = None
+    vault_secret_id_file: Path | None = None
+    vault_secret_id_wrapped: bool = False
+    vault_kubernetes_role: str | None = None
+    vault_kubernetes_token_file: Path = Path("/var/run/secrets/kubernetes.io/serviceaccount/token")
     keyring: Secret | None = None
     keyring_file: Path | None = None
     secret_cache_seconds: Annotated[float, Field(ge=0, le=3600)] = 30
     background_refreshes_per_minute: Annotated[int, Field(ge=1, le=100_000)] = 1200
     audit_sinks: CommaList = ("database",)
     audit_checkpoints: CommaList = ()
+    audit_retention_days: Annotated[float, Field(ge=1)] | None = None
     return_to: CommaList = ()
     default_return_to: str | None = None
     egress_allow: Networks = ()
     egress_ca_file: Path | None = None
     egress_resolve: CommaList = ()
     trusted_proxies: Networks = ()
+    trusted_issuers_file: Path | None = None
+    token_exchange_seconds: Annotated[int, Field(ge=60, le=3600)] = 900
+    mtls_header: str | None = None
     admin_key: Secret | None = None
     integrations_file: Path | None = None
     provider_credentials: Mapping[str, str] = Field(default_factory=dict, repr=False, exclude=True)
+    vault_variables: Mapping[str, str] = Field(default_factory=dict, repr=False, exclude=True)
 
     @classmethod
     def settings_customise_sources(  # the framework's signature
@@ -114,6 +135,22 @@ class Settings(BaseSettings):
     def effective_database_url(self) -> str:
         """The configured URL, else SQLite in the data directory."""
         return self.database_url or f"sqlite:///{self.data_dir / 'broker.db'}"
+
+    @property
+    def vault_ca_file(self) -> Path | None:
+        """``VAULT_CACERT``: the authorities to trust for Vault, in place of the system's."""
+        path = self.vault_variables.get("VAULT_CACERT")
+        return Path(path) if path else None
+
+    @field_validator("vault_mount", "vault_prefix", "vault_transit_mount", "vault_transit_key", "vault_auth_mount")
+    @classmethod
+    def _plain_path(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(
+            r"[A-Za-z0-9_-][A-Za-z0-9_.-]*(/[A-Za-z0-9_-][A-Za-z0-9_.-]*)*", value
+        ):
+            message = "must be a path of A-Z, a-z, 0-9, _, - and ., with no slash at its ends"
+            raise ValueError(message)
+        return value
 
     @field_validator("database_url")
     @classmethod
@@ -154,10 +191,19 @@ class Settings(BaseSettings):
     @field_validator("audit_checkpoints")
     @classmethod
     def _known_checkpoint_places(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if not all(place == "stdout" or (place.startswith("file:") and len(place) > len("file:")) for place in value):
-            message = "each must be stdout or file:<path>"
+        if not all(re.fullmatch(r"stdout|file:.+|vault:[a-z0-9][a-z0-9_/-]{0,127}", place) for place in value):
+            message = "each must be stdout, file:<path> or vault:<path>"
             raise ValueError(message)
         return value
+
+    @field_validator("mtls_header")
+    @classmethod
+    def _header_name(cls, value: str | None) -> str | None:
+        taken = {"authorization", "x-api-key", "cookie", "host", "x-forwarded-for", "x-request-id", "forwarded"}
+        if value is not None and (not re.fullmatch(r"[A-Za-z0-9-]{1,64}", value) or value.lower() in taken):
+            message = "must be the name of a header that serves nothing else"
+            raise ValueError(message)
+        return value.lower() if value is not None else None
 
     @field_validator("egress_resolve")
     @classmethod
@@ -173,17 +219,82 @@ class Settings(BaseSettings):
         if not self.development:
             if not self.public_url.startswith("https://"):
                 problems.append("BROKER_PUBLIC_URL must be https in production")
-            if self.keyring is None and self.keyring_file is None:
+            if self.keyring is None and self.keyring_file is None and self.vault_transit_key is None:
                 problems.append("BROKER_KEYRING or BROKER_KEYRING_FILE is required in production")
             if self.egress_resolve:
                 problems.append("BROKER_EGRESS_RESOLVE is for development only")
         if self.keyring is not None and self.keyring_file is not None:
             problems.append("BROKER_KEYRING and BROKER_KEYRING_FILE exclude each other")
+        if self.mtls_header is not None and not (self.trusted_proxies and self.trusted_issuers_file):
+            problems.append("BROKER_MTLS_HEADER needs BROKER_TRUSTED_PROXIES and BROKER_TRUSTED_ISSUERS_FILE")
+        problems.extend(_store_problems(self))
         for entry in (*self.return_to, *filter(None, [self.default_return_to])):
             problems.extend(_return_to_problems(entry, development=self.development))
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+
+def _store_problems(settings: Settings) -> list[str]:
+    problems = vault_problems(settings) if _uses_hashicorp(settings) else []
+    if settings.vault_fallback == settings.vault:
+        problems.append("BROKER_VAULT_FALLBACK must name another store than BROKER_VAULT, or none")
+    if settings.vault == "local" and any(place.startswith("vault:") for place in settings.audit_checkpoints):
+        problems.append("BROKER_AUDIT_CHECKPOINTS: vault:<path> needs BROKER_VAULT=hashicorp; local is the database")
+    return problems
+
+
+def _uses_hashicorp(settings: Settings) -> bool:
+    return "hashicorp" in {settings.vault, settings.vault_fallback} or settings.vault_transit_key is not None
+
+
+_ONLY_FOR = {
+    "vault_role_id": "approle",
+    "vault_secret_id": "approle",
+    "vault_secret_id_file": "approle",
+    "vault_secret_id_wrapped": "approle",
+    "vault_kubernetes_role": "kubernetes",
+    "vault_kubernetes_token_file": "kubernetes",
+    "vault_auth_mount": "approle or kubernetes",
+}
+
+
+def vault_problems(settings: Settings) -> list[str]:
+    """Return what is wrong with the settings for HashiCorp Vault; asked where it is used."""
+    auth = settings.vault_auth
+    problems = [
+        f"BROKER_{name.upper()} is for BROKER_VAULT_AUTH={methods}"
+        for name, methods in _ONLY_FOR.items()
+        if name in settings.model_fields_set and auth not in methods.split(" or ")
+    ]
+    if auth == "token" and not settings.vault_variables.get("VAULT_TOKEN"):
+        problems.append("VAULT_TOKEN is required for BROKER_VAULT_AUTH=token")
+    if auth == "approle" and settings.vault_role_id is None:
+        problems.append("BROKER_VAULT_ROLE_ID is required for BROKER_VAULT_AUTH=approle")
+    if auth == "approle" and (settings.vault_secret_id is None) == (settings.vault_secret_id_file is None):
+        problems.append("BROKER_VAULT_AUTH=approle takes one of BROKER_VAULT_SECRET_ID and BROKER_VAULT_SECRET_ID_FILE")
+    if auth == "kubernetes" and settings.vault_kubernetes_role is None:
+        problems.append("BROKER_VAULT_KUBERNETES_ROLE is required for BROKER_VAULT_AUTH=kubernetes")
+    return problems + _vault_variable_problems(settings)
+
+
+def _vault_variable_problems(settings: Settings) -> list[str]:
+    variables, problems = settings.vault_variables, []
+    parts = _url_parts(variables.get("VAULT_ADDR", ""))
+    if parts is None or parts.path not in {"", "/"}:
+        problems.append("VAULT_ADDR must be the server's URL, such as https://vault.example.com:8200, without a path")
+    elif parts.scheme == "http" and not settings.development and not _is_loopback(parts.hostname or ""):
+        problems.append("VAULT_ADDR must be https in production, but for an agent on this machine")
+    for_headers = ("VAULT_TOKEN", "VAULT_NAMESPACE")
+    odd = [name for name in for_headers if not re.fullmatch(r"[!-~]*", variables.get(name, ""))]
+    return problems + [f"{name} must be of visible ASCII characters" for name in odd]
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _url_parts(value: str) -> SplitResult | None:
@@ -241,11 +352,12 @@ def load_settings(
     in_file = _toml(directory / "broker.toml")
     variables = {**_dotenv(directory / ".env"), **(os.environ if environ is None else environ)}
     ours = {name: value for name, value in variables.items() if name.startswith(PREFIX) and value != ""}
-    known = {f"{PREFIX}{name.upper()}": name for name in Settings.model_fields if name != "provider_credentials"}
+    known = {f"{PREFIX}{name.upper()}": name for name in Settings.model_fields if name not in _NOT_OURS}
     _refuse_unknown([*ours, *(f"{PREFIX}{name.upper()}" for name in (*in_file, *overrides))], known)
     merged = {**in_file, **_Variables(ours)(), **overrides}
     try:
-        return Settings(**merged, provider_credentials=_client_credentials(variables))
+        of_others = {name: variables[name] for name in VAULT_VARIABLES if variables.get(name)}
+        return Settings(**merged, provider_credentials=_client_credentials(variables), vault_variables=of_others)
     except ValidationError as error:
         failure = SettingsError(_readable(error))
     raise failure

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import math
 import re
 import sys
 import threading
@@ -373,6 +374,8 @@ class Metrics:
     refresh_late_seconds: Gauge
     audit_failures: Counter
     flows: Counter
+    caller_rows_forged: Counter
+    caller_key_end: Gauge
     _known: dict[tuple[str, ...], Any] = field(default_factory=dict, repr=False)  # finding a label's child costs 2 µs
 
     def http_request(self, route: str, method: str, status: int, seconds: float) -> None:
@@ -411,6 +414,15 @@ class Metrics:
         self.flows.labels(provider, outcome).inc()
 
 
+    def caller_row_forged(self) -> None:
+        """Count a look at a caller's row that no holder of the keyring wrote."""
+        self.caller_rows_forged.inc()
+
+    def caller_key_ends(self, ends_at: float | None) -> None:
+        """Show when the next live caller key ends, seconds since 1970; infinity for never."""
+        self.caller_key_end.set(math.inf if ends_at is None else ends_at)
+
+
 def new_metrics(registry: CollectorRegistry | None = None) -> Metrics:
     """Return counters at zero in ``registry``, by default one of their own; the library's global one is not used."""
     registry = registry or CollectorRegistry()
@@ -436,6 +448,8 @@ def new_metrics(registry: CollectorRegistry | None = None) -> Metrics:
         handouts=counter("handouts", "Requests for a token by outcome", ("outcome",)),
         audit_failures=counter("audit_failures", "Audit records and checkpoints that could not be written"),
         flows=counter("flows", "Browser flows by how they ended", ("provider", "outcome")),
+        caller_rows_forged=counter("caller_rows_forged", "Looks at a caller's row that the broker did not write"),
+        caller_key_end=gauge("caller_key_end_timestamp_seconds", "When the next live caller key ends, as the worker saw"),
     )
 
 

@@ -18,7 +18,6 @@ from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 from authlib.common.urls import add_params_to_qs, add_params_to_uri
 from authlib.oauth2.rfc6749.parameters import prepare_grant_uri, prepare_token_request
-from authlib.oauth2.rfc7009 import prepare_revoke_token_request
 from authlib.oauth2.rfc7636 import create_s256_code_challenge
 
 from broker.egress import NotSent, origin_of
@@ -74,11 +73,19 @@ _AUTH_METHODS: Final[tuple[ClientAuth, ...]] = (
 
 @dataclass(frozen=True, slots=True)
 class Client:
-    """An OAuth client: its live secrets, newest first, and how it proves itself."""
+    """An OAuth client: its secrets in the order in which they are tried, and how it proves itself.
+
+    ``secret_ids`` name the secrets, one each; without them nobody is told which one was refused.
+    """
 
     client_id: str
     secrets: tuple[Secret, ...]
     auth: ClientAuth
+    secret_ids: tuple[str, ...] = ()
+
+    def requests(self, build: Callable[[Secret | None], Outgoing]) -> tuple[Outgoing, ...]:
+        """Return what ``build`` makes of each secret, in their order; of None where there is no secret."""
+        return tuple(build(secret) for secret in self.secrets or (None,))
 
 
 def new_verifier() -> Secret:
@@ -192,23 +199,6 @@ def _device_client(oauth2: OAuth2, client: Client) -> Client:
     return client if oauth2.device_auth is None else replace(client, auth=oauth2.device_auth)
 
 
-def revoke_request(
-    oauth2: OAuth2,
-    *,
-    revoke_url: str,
-    client: Client,
-    secret: Secret | None,
-    token: Secret,
-    token_type_hint: Literal["access_token", "refresh_token"],
-    now: float,
-) -> Outgoing:
-    """Build a standard revocation (RFC 7009 2.1) with one client secret. Raises as above."""
-    if not token.reveal():
-        raise ValueError("the token is empty")
-    body, _ = prepare_revoke_token_request(token.reveal(), token_type_hint)
-    return _post(oauth2, revoke_url, client, secret, body, now=now)
-
-
 def _post(
     oauth2: OAuth2, url: str, client: Client, secret: Secret | None, body: str, *, now: float, audience: str = ""
 ) -> Outgoing:
@@ -231,19 +221,31 @@ def _post(
     raise NotSent(f"The integration's client cannot prove itself: {why}")
 
 
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """The last answer of ``first_not_refused``. ``refused``: how many secrets were, counted from the first one.
+
+    ``taken``: the answer shows that the next secret was accepted; after trouble at the provider nobody knows.
+    """
+
+    answer: Incoming
+    refused: int
+    taken: bool
+
+
 async def first_not_refused(
     oauth2: OAuth2, requests: Sequence[Outgoing], send: Callable[[Outgoing], Awaitable[Incoming]]
-) -> Incoming:
-    """Send one request for each client secret in turn, until an answer does not refuse the client; return the last answer.
+) -> Heard:
+    """Send one request for each client secret in turn, until an answer does not refuse the client.
 
-    ``requests`` has at least one. What ``send`` raises passes.
+    ``requests`` has at least one. What ``send`` raises passes. The only place where secrets are tried one after the other.
     """
-    for request in requests:
+    for refused, request in enumerate(requests):
         answer = await send(request)
         parsed = parse_answer(oauth2, answer, received_at=0.0)
         if not (isinstance(parsed, TokenRefusal) and parsed.outcome == "client_refused"):
-            break
-    return answer
+            return Heard(answer, refused, isinstance(parsed, TokenAnswer) or parsed.outcome == "permanent")
+    return Heard(answer, len(requests), taken=False)
 
 
 # --- Answers

@@ -36,14 +36,16 @@ class Worker:
         device_flows: DeviceFlows,
         refreshing: BackgroundRefresh,
         audit: Audit,
+        more: Sequence[Job] = (),
     ) -> None:
-        """Keep the parts."""
+        """Keep the parts. ``more``: jobs of other parts, each of which bounds and claims its own work."""
         self.refreshing = refreshing
         self._database = database
         self._credentials = credentials
         self._confirmations = confirmations
         self._device_flows = device_flows
         self._audit = audit
+        self._more = tuple(more)
         self._stopping = asyncio.Event()
 
     @property
@@ -56,7 +58,9 @@ class Worker:
             (5.0, self.finish_cut_off),
             (5.0, self._audit.checkpoint),
             (60.0, self.forget_old),
+            (600.0, self._audit.cut),
             (3600.0, self._credentials.sweep_unreferenced),
+            *self._more,
         )
 
     async def run(self) -> None:

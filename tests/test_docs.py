@@ -32,7 +32,7 @@ from providers import load_catalog
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
-NOT_SET_BY_NAME = {"provider_credentials"}
+NOT_SET_BY_NAME = {"provider_credentials", "vault_variables"}
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def _parameters() -> set[str]:
 def _leaves(command: Any, *names: str) -> Iterator[tuple[str, Any]]:
     for name, child in getattr(command, "commands", {}).items():
         yield from _leaves(child, *names, name)
-    if not hasattr(command, "commands"):
+    if names and getattr(command, "invoke_without_command", True):  # a group that does something by itself, or no group
         yield " ".join(["broker", *names]), command
 
 

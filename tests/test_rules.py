@@ -31,8 +31,10 @@ REVEALS: dict[str, str] = {
     "broker.api.callers": "shows a new caller key, once",
     "broker.api.connections": "puts the access token into the answer of a hand-out",
     "broker.api.sessions": "shows a new session's token and start addresses, once",
+    "broker.api.token_exchange": "shows a token that was exchanged, once",
     "broker.app": "hands the confirm code to the page that shows it",
-    "broker.callers": "parses a caller key and compares its digest",
+    "broker.callers": "finds who a key or a token belongs to",
+    "broker.callers.keys": "keeps the digest of a new caller key",
     "broker.cli.callers": "prints a new caller key, once",
     "broker.cli.processes": "checks the form of the admin key",
     "broker.connections": "keyed digest of a handed-out token for the audit record",
@@ -49,6 +51,8 @@ REVEALS: dict[str, str] = {
     "broker.sessions": "digests of a session's token and cookie",
     "broker.settings": "defines the settings' own kind of secret",
     "broker.token_endpoint": "builds requests to a token endpoint",
+    "broker.vault.hashicorp.adapter": "sends its token to Vault",
+    "broker.vault.hashicorp.login": "sends the secret id, or the service account's token, to Vault",
     "broker.vault.keyring": "reads the key-encryption keys from the settings",
     "providers": "a provider's file builds the requests that carry its tokens",
 }
@@ -65,6 +69,7 @@ USED_UNSEEN = {
 NOT_A_PROVIDER: dict[tuple[str, str], str] = {
     ("broker.integrations.config", "linear"): "a kind of backoff",
     ("broker.integrations.config", "x"): "a letter that stands for a variable",
+    ("broker.callers.signatures", "x"): "a member of a public key (RFC 7518 6.2)",
     ("broker.oauth.identity", "x"): "a member of a public key (RFC 7518 6.2)",
 }
 

@@ -41,8 +41,8 @@ class KeyBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     expires_at: str | float | None = None
 
 
-def caller_json(row: Caller, keys: list[CallerKey]) -> dict[str, Any]:
-    """Return a caller with its keys' ids and times."""
+def caller_json(row: Caller, keys: list[CallerKey], callers: Callers) -> dict[str, Any]:
+    """Return a caller with its keys' ids and times; ``genuine`` is false for a row that the broker did not write."""
     return {
         "id": row.id,
         "name": row.name,
@@ -50,8 +50,14 @@ def caller_json(row: Caller, keys: list[CallerKey]) -> dict[str, Any]:
         "grants": row.grants,
         "expires_at": rfc3339(row.expires_at),
         "created_at": rfc3339(row.created_at),
+        "genuine": callers.is_genuine(row) and all(map(callers.is_genuine, keys)),
         "keys": [key_json(key) for key in keys],
     }
+
+
+def _is_itself(principal: Principal, caller_id: str) -> bool:
+    """Say whether a caller asks about itself, with its own key: an exchanged token has no say about keys."""
+    return caller_id == principal.caller_id and principal.key_id.startswith("key_")
 
 
 def key_json(row: CallerKey, key: Secret | None = None) -> dict[str, Any]:
@@ -79,7 +85,7 @@ async def list_callers(
     shown = rows[:limit]
     keys = await callers.keys_of([row.id for row in shown])
     last = (shown[-1].created_at, shown[-1].id) if len(rows) > limit else None
-    return page([caller_json(row, keys[row.id]) for row in shown], last)
+    return page([caller_json(row, keys[row.id], callers) for row in shown], last)
 
 
 @post("/callers", status_code=201, responses=problems(403, 409, 413, 415))
@@ -94,7 +100,7 @@ async def create_caller(
     row, key = await callers.add(data.name, data.roles, data.grants, data.expires_at, actor=principal.caller_id)
     show_once(request, row.id)
     keys = (await callers.keys_of([row.id]))[row.id]
-    return {**caller_json(row, keys), "key": key.reveal()}
+    return {**caller_json(row, keys, callers), "key": key.reveal()}
 
 
 @get("/callers/{caller_id:str}", responses=problems(403, 404))
@@ -102,10 +108,10 @@ async def show_caller(
     caller_id: FromPath[str], principal: NamedDependency[Principal], callers: NamedDependency[Callers]
 ) -> dict[str, Any]:
     """Show one caller; everybody may see itself."""
-    if caller_id != principal.caller_id:
+    if not _is_itself(principal, caller_id):
         policy.require_role(principal, "security", "auditor")
     row = await callers.get(caller_id)
-    return caller_json(row, (await callers.keys_of([row.id]))[row.id])
+    return caller_json(row, (await callers.keys_of([row.id]))[row.id], callers)
 
 
 @patch("/callers/{caller_id:str}", responses=problems(403, 404, 409, 413, 415))
@@ -120,7 +126,7 @@ async def change_caller(
     given = {name: getattr(data, name) for name in ("name", "roles", "grants", "expires_at")}
     changes = {name: value for name, value in given.items() if value is not msgspec.UNSET}
     row = await callers.update(caller_id, changes, actor=principal.caller_id)
-    return caller_json(row, (await callers.keys_of([row.id]))[row.id])
+    return caller_json(row, (await callers.keys_of([row.id]))[row.id], callers)
 
 
 @delete("/callers/{caller_id:str}", status_code=204, responses=problems(403, 404, 409))
@@ -156,7 +162,7 @@ async def revoke_key(
     callers: NamedDependency[Callers],
 ) -> None:
     """Revoke a key: dead on every replica within a second. A caller may revoke its own (else admin or security)."""
-    if caller_id != principal.caller_id:
+    if not _is_itself(principal, caller_id):
         policy.require_role(principal, "security")
     await callers.revoke_key(caller_id, key_id, actor=principal.caller_id)
 

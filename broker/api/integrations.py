@@ -55,9 +55,10 @@ class PatchBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
 
 class SecretBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """One more client secret."""
+    """One more client secret; with ``canary`` it first refreshes so many connections, and goes live or away by itself."""
 
     client_secret: SecretText
+    canary: Annotated[int, msgspec.Meta(ge=1, le=100)] | None = None
 
 
 def integration_json(view: View) -> dict[str, Any]:
@@ -80,8 +81,15 @@ def integration_json(view: View) -> dict[str, Any]:
 
 
 def secret_json(row: ClientSecret) -> dict[str, Any]:
-    """Return a client secret's row: when and whence, not what."""
-    return {"id": row.id, "source": row.source, "created_at": rfc3339(row.created_at)}
+    """Return a client secret's row: when and whence, and how it does; not what."""
+    return {
+        "id": row.id,
+        "source": row.source,
+        "state": row.state,
+        "created_at": rfc3339(row.created_at),
+        "last_used_at": rfc3339(row.last_used_at),
+        "refused_at": rfc3339(row.refused_at),
+    }
 
 
 def _created(data: CreateBody) -> Draft:
@@ -230,7 +238,7 @@ async def list_secrets(
     limit: FromQuery[int] = 50,
     cursor: FromQuery[str | None] = None,
 ) -> dict[str, Any]:
-    """List the live client secrets, newest first, without their values."""
+    """List the client secrets, live ones and a candidate, newest first, without their values."""
     policy.require_role(principal, *READERS)
     return short_page([secret_json(row) for row in await integrations.secrets(name)], limit=limit, cursor=cursor)
 
@@ -242,9 +250,23 @@ async def add_secret(
     principal: NamedDependency[Principal],
     integrations: NamedDependency[Integrations],
 ) -> dict[str, Any]:
-    """Make a further client secret live, as the newest."""
+    """Make a further client secret live, as the newest; with ``canary`` a candidate that has to prove itself first."""
     policy.require_role(principal, "operator", "security")
-    return secret_json(await integrations.add_secret(name, Secret(data.client_secret), principal))
+    row = await integrations.add_secret(name, Secret(data.client_secret), principal, canary=data.canary)
+    canary = await integrations.canary(row.id)
+    return {**secret_json(row), "rotation_id": canary.id if canary is not None else None}
+
+
+@post("/integrations/{name:str}/client-secrets/{secret_id:str}/promote", status_code=200, responses=problems(403, 404))
+async def promote_secret(
+    name: FromPath[str],
+    secret_id: FromPath[str],
+    principal: NamedDependency[Principal],
+    integrations: NamedDependency[Integrations],
+) -> dict[str, Any]:
+    """Make a candidate live at once; one that is live is tried in its turn again."""
+    policy.require_role(principal, "operator", "security")
+    return secret_json(await integrations.promote_secret(name, secret_id, principal))
 
 
 @delete("/integrations/{name:str}/client-secrets/{secret_id:str}", status_code=204, responses=problems(403, 404))
@@ -254,7 +276,7 @@ async def delete_secret(
     principal: NamedDependency[Principal],
     integrations: NamedDependency[Integrations],
 ) -> None:
-    """Take a client secret out of use."""
+    """Take a client secret out of use and destroy it, a candidate too."""
     policy.require_role(principal, "operator", "security")
     await integrations.delete_secret(name, secret_id, principal)
 
@@ -313,6 +335,7 @@ def routes() -> Router:
         rebind,
         list_secrets,
         add_secret,
+        promote_secret,
         delete_secret,
     ]
     return Router(path="/", route_handlers=handlers, tags=["integrations"])

@@ -25,6 +25,7 @@ from broker.api.requests import (
     MAX_BODY_BYTES,
     PATH_PART,
     Shape,
+    peer_of,
     query_problems,
     read_body,
     require_path_parts,
@@ -124,7 +125,7 @@ class ExpressLane:
             await self._app(scope, receive, send)
             return
         try:
-            scope["state"]["principal"] = await self._callers.authenticate(scope["headers"])
+            scope["state"]["principal"] = await self._callers.authenticate(scope["headers"], peer=peer_of(scope))
             body = await route.answer(scope, receive)
         except Exception as error:  # noqa: BLE001 - raised again where errors are answered
             scope["state"][FAILED] = error

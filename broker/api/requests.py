@@ -37,8 +37,8 @@ from broker.errors import (
 )
 from broker.models import IdempotentAnswer, epoch_of, new_id
 from broker.policy import Principal
-from broker.vault import SecretUnreadable
-from broker.vault.keyring import Sealer
+from broker.vault.keyring import derive_key
+from broker.vault.system_keys import RootKey, SystemKeys
 
 AnyRequest = Request[Any, Any, Any]
 MAX_BODY_BYTES = 1_048_576
@@ -78,8 +78,14 @@ class Authentication:
         """Put the Principal where ``principal_of`` finds it. What failed already is raised: it gets nowhere unauthenticated."""
         if (failed := scope["state"].pop(FAILED, None)) is not None:
             raise failed
-        scope["state"]["principal"] = await self._callers.authenticate(scope["headers"])
+        scope["state"]["principal"] = await self._callers.authenticate(scope["headers"], peer=peer_of(scope))
         await self._app(scope, receive, send)
+
+
+def peer_of(scope: Scope) -> str | None:
+    """Return the address at the other end of the TCP connection; no header has a say in it. None for a Unix socket."""
+    client = scope.get("client")
+    return client[0] if client else None
 
 
 async def principal_of(request: AnyRequest) -> Principal:
@@ -106,8 +112,8 @@ async def strict_request(connection: ASGIConnection[Any, Any, Any, Any], handler
 
 
 def require_path_parts(path_params: Mapping[str, Any]) -> None:
-    """Raise NotFound for a part of the path that can be no id or name."""
-    if not all(re.fullmatch(PATH_PART, str(part)) for part in path_params.values()):
+    """Raise NotFound for a part of the path that can be no id or name. A subject is any text: its route looks at it."""
+    if not all(re.fullmatch(PATH_PART, str(part)) for name, part in path_params.items() if name != "subject"):
         raise NotFound
 
 
@@ -315,11 +321,11 @@ class Idempotency:
     ``conflict``, then the request acts anew.
     """
 
-    def __init__(self, app: ASGIApp, database: Database, sealer: Sealer) -> None:
-        """Wrap the routes; must stand behind ``Authentication``. ``sealer`` keys the digests of requests."""
+    def __init__(self, app: ASGIApp, database: Database, keys: SystemKeys) -> None:
+        """Wrap the routes; must stand behind ``Authentication``. ``keys`` (loaded) key the digests of requests."""
         self._app = app
         self._database = database
-        self._sealer = sealer
+        self._keys = keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Replay, refuse, or run and keep."""
@@ -333,25 +339,21 @@ class Idempotency:
         if body is None:
             return  # the client left in the middle of its body: nobody waits for an answer
         request = b"\n".join([scope["raw_path"], scope["query_string"], body])
-        claim = _new_claim(scope["state"]["principal"], keys[0], self._fingerprint(request))
+        claim = _new_claim(scope["state"]["principal"], keys[0], _fingerprint(self._keys.current, request))
         kept = await self._claim(claim, request)
         if kept is not None:
             await _replay(kept, send)
             return
         await self._run(claim, scope, body, send)
 
-    def _fingerprint(self, request: bytes, key_id: str | None = None) -> str:
-        """Return a keyed digest: a request can hold a password, which a plain hash would let anybody guess."""
-        key_id = key_id or self._sealer.current_key_id
-        key = self._sealer.purpose_key("idempotency", key_id=key_id)
-        return f"{key_id}:{hmac.new(key, request, hashlib.sha256).hexdigest()}"
-
-    def _is_same(self, request: bytes, stored: str) -> bool:
-        try:
-            expected = self._fingerprint(request, stored.partition(":")[0])
-        except SecretUnreadable:
-            return False  # made under a data key that is gone: rather a conflict than a second action
-        return hmac.compare_digest(expected, stored)
+    async def _is_same(self, request: bytes, stored: str) -> bool:
+        """Whether a digest is this request's; not when its key is gone: rather a conflict than a second action."""
+        key_id = stored.partition(":")[0]
+        key = self._keys.get(key_id)
+        if key is None:
+            await self._keys.refresh()  # another replica may have rotated a moment ago
+            key = self._keys.get(key_id)
+        return key is not None and hmac.compare_digest(_fingerprint(key, request), stored)
 
     async def _run(self, claim: IdempotentAnswer, scope: Scope, body: bytes, send: Send) -> None:
         """Run the route, keep its answer, send it. An answer that could not be kept is sent all the same."""
@@ -376,7 +378,7 @@ class Idempotency:
             raise Conflict("a request with this Idempotency-Key is still running") from None
         if found is None:
             return None
-        if not self._is_same(request, found.request_digest):
+        if not await self._is_same(request, found.request_digest):
             raise IdempotencyConflict("This Idempotency-Key was used with another request")
         if found.made_id is not None:
             raise IdempotencyConflict("The first answer showed a secret and is not kept", made_id=found.made_id)
@@ -415,11 +417,19 @@ class _Captured:
         self.messages.append(message)
 
 
+def _fingerprint(key: RootKey, request: bytes) -> str:
+    """Return a keyed digest: a request can hold a password, which a plain hash would let anybody guess."""
+    keyed = hmac.new(derive_key(key.root, "idempotency"), request, hashlib.sha256)
+    return f"{key.id}:{keyed.hexdigest()}"
+
+
 def _new_claim(principal: Principal, key: bytes, fingerprint: str) -> IdempotentAnswer:
+    # A narrowed token of the caller gets its own answers only: it may not be allowed to see the others.
+    narrowed = f"{principal.key_id} ".encode() if principal.key_id.startswith("tok_") else b""
     return IdempotentAnswer(
         id=new_id("idk"),
         caller_id=principal.caller_id,
-        key_digest=hashlib.sha256(key).hexdigest(),
+        key_digest=hashlib.sha256(narrowed + key).hexdigest(),
         request_digest=fingerprint,
         created_at=0.0,
     )

@@ -33,6 +33,7 @@ class Keys:
     subject: bytes
     chain: bytes
     head: bytes
+    floor: bytes
     signer: Ed25519PrivateKey
     public_key: str  # the signer's: 32 bytes (RFC 8032) as hex
 
@@ -44,6 +45,10 @@ class Keys:
     def head_mac(self, count: int, chain: str) -> str:
         """Return what proves that we wrote this head."""
         return mac(self.head, f"{count}:{chain}")
+
+    def floor_mac(self, number: int, chain: str) -> str:
+        """Return what proves that we let the chain begin behind this record."""
+        return mac(self.floor, f"{number}:{chain}")
 
     def subject_digest(self, subject: str) -> str:
         """Return what stands for ``subject`` in the records."""
@@ -61,6 +66,7 @@ def keys_of(root: bytes) -> Keys:
         subject=_derived(root, "subject"),
         chain=_derived(root, "chain"),
         head=_derived(root, "head"),
+        floor=_derived(root, "floor"),
         signer=signer,
         public_key=signer.public_key().public_bytes_raw().hex(),
     )
@@ -72,7 +78,7 @@ def _derived(root: bytes, name: str) -> bytes:
 
 @dataclass(frozen=True, slots=True, repr=False, eq=False)
 class KeySet:
-    """All the keys that there have been: the current ones write, any of them verify. Cannot print itself."""
+    """All the keys that there are and have been: the current ones write, any of them verify. Cannot print itself."""
 
     current: Keys
     by_id: Mapping[str, Keys]
@@ -94,11 +100,20 @@ class KeySet:
         """Whether one of our keys made this head's MAC."""
         return any(same(found_mac, keys.head_mac(count, chain)) for keys in self.by_id.values())
 
+    def wrote_floor(self, number: int, chain: str, found_mac: object) -> bool:
+        """Whether one of our keys made this floor's MAC."""
+        return any(same(found_mac, keys.floor_mac(number, chain)) for keys in self.by_id.values())
+
 
 def key_set(current: bytes, previous: Sequence[bytes]) -> KeySet:
     """Return the keys of the current root key and of earlier ones (``ValueError`` as ``keys_of``)."""
     first = keys_of(current)
     return KeySet(first, {keys.id: keys for keys in (first, *map(keys_of, previous))})
+
+
+def key_set_of(current: Keys, others: Sequence[Keys]) -> KeySet:
+    """Return these keys, of which the first writes."""
+    return KeySet(current, {keys.id: keys for keys in (current, *others)})
 
 
 def mac(key: bytes, text: str) -> str:
@@ -124,10 +139,13 @@ def same(one: object, other: object) -> bool:
 
 def strict_json(text: str | bytes) -> Any:  # noqa: ANN401 - JSON is any shape
     """Read JSON; ``ValueError`` also for a key that occurs twice: readers would differ on which one counts."""
-    return json.loads(text, object_pairs_hook=_unambiguous)
+    return _decoder.decode(text) if isinstance(text, str) else json.loads(text, object_pairs_hook=_unambiguous)
 
 
 def _unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(dict(pairs)) < len(pairs):
         raise ValueError("a key occurs twice")
     return dict(pairs)
+
+
+_decoder = json.JSONDecoder(object_pairs_hook=_unambiguous)  # to make one for each text costs as much as to read it

@@ -8,30 +8,26 @@ key in the line itself only says which one it is, as everyone who can write the 
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import itertools
 import math
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 import sqlalchemy as sa
 from cryptography.exceptions import InvalidSignature
 from sqlmodel import Session
 
-from broker.audit.chain import Keys, KeySet, Row, canonical, strict_json
+from broker.audit.chain import Keys, KeySet, Row, canonical, same
 from broker.audit.head import FORGED, Head, read_head
-from broker.audit.records import BATCH, rows_of
-from broker.audit.sinks import Place
+from broker.audit.places import CheckpointPlace
+from broker.audit.records import BATCH, links_of, rows_of
 from broker.database import Database, now
 from broker.errors import AuditUnavailable
 from broker.models import AuditCheckpoint
 
 CHECKPOINT_RECORDS = 1_000
 CHECKPOINT_SECONDS = 60.0
-LONGEST_LINE = 4_096
 
 _CHECKPOINTS = cast("sa.Table", AuditCheckpoint.__table__)  # type: ignore[attr-defined]
 _STORE = sa.text(
@@ -104,21 +100,19 @@ def store_checkpoint(session: Session, *, row: Row) -> None:
 # --- reading them all
 
 
-async def checkpoint_batches(database: Database, places: Sequence[Place]) -> AsyncGenerator[Sequence[Any]]:
-    """Read the checkpoints of the database, then those of each file; whatever JSON a line holds, unchecked.
+async def checkpoint_batches(database: Database, places: Sequence[CheckpointPlace]) -> AsyncGenerator[Sequence[Any]]:
+    """Read the checkpoints of the database, then those of each place; whatever JSON a line holds, unchecked.
 
-    A line that is not whole JSON was cut while it was written, and is passed over. Raises ``AuditUnavailable`` when a file
-    cannot be read, ``DatabaseUnavailable``.
+    Raises ``AuditUnavailable`` when a place cannot be read, ``DatabaseUnavailable``.
     """
     after: int | None = None
     while batch := await database.read(partial(_checkpoints_after, count=after)):
         yield batch
         after = batch[-1]["count"]
-    for path in dict.fromkeys(places):
-        if path is not None:
-            async with contextlib.aclosing(_file_batches(path)) as batches:
-                async for lines in batches:
-                    yield lines
+    for place in places:
+        async with contextlib.aclosing(place.batches()) as batches:
+            async for lines in batches:
+                yield lines
 
 
 def _checkpoints_after(session: Session, *, count: int | None) -> Sequence[Row]:
@@ -128,20 +122,24 @@ def _checkpoints_after(session: Session, *, count: int | None) -> Sequence[Row]:
     return rows_of(session, query)
 
 
-async def _file_batches(path: Path) -> AsyncGenerator[Sequence[Any]]:
-    """Read a second place in batches; a file that is not there yet holds nothing."""
-    try:
-        with path.open("rb") as file:
-            lines = iter(partial(file.readline, LONGEST_LINE), b"")
-            while chunk := await asyncio.to_thread(lambda: list(itertools.islice(lines, BATCH))):
-                yield list(_parsed(chunk))
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise AuditUnavailable("A place of audit checkpoints could not be read") from error
+def newest_before(session: Session, *, keys: KeySet, before: float, above: int) -> Row | None:
+    """Return the newest checkpoint of the database that is older than ``before``, is ours and fits the chain.
+
+    None when there is none with a count over ``above``. What was put there by other hands is passed over, a hundred at most.
+    """
+    query = sa.select(_CHECKPOINTS).where(_CHECKPOINTS.c.at < before, _CHECKPOINTS.c.count > above)
+    rows = rows_of(session, query.order_by(_CHECKPOINTS.c.count.desc()).limit(100))
+    links = links_of(session, numbers=[row["count"] for row in rows])
+    fitting = (row for row in rows if is_signed(keys, row) and same(links.get(row["count"]), row["chain"]))
+    return next(fitting, None)
 
 
-def _parsed(lines: Sequence[bytes]) -> Iterator[Any]:
-    for line in lines:
-        with contextlib.suppress(ValueError, RecursionError):
-            yield strict_json(line)
+def highest(session: Session, *, keys: KeySet) -> Row | None:
+    """Return the checkpoint of the database with the highest count that is ours."""
+    rows = rows_of(session, sa.select(_CHECKPOINTS).order_by(_CHECKPOINTS.c.count.desc()).limit(100))
+    return next((row for row in rows if is_signed(keys, row)), None)
+
+
+def forget_before(session: Session, *, count: int) -> None:
+    """Delete the checkpoints over fewer records."""
+    session.connection().execute(sa.delete(_CHECKPOINTS).where(_CHECKPOINTS.c.count < count))

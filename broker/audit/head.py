@@ -18,6 +18,7 @@ _MAKE_HEAD = sa.text(
     "INSERT INTO audit_head (id, count, chain, mac) VALUES (1, :count, :chain, :mac) ON CONFLICT DO NOTHING"
 )
 
+_FORGET_HEAD = sa.text("DELETE FROM audit_head")
 _MOVE_HEAD = sa.text("UPDATE audit_head SET count = :count, chain = :chain, mac = :mac WHERE id = 1")
 
 
@@ -31,7 +32,7 @@ class Head:
 
 
 def read_head(session: Session, keys: KeySet) -> Head | None:
-    """Return the head as it is now, None before the first record. Waits for no lock."""
+    """Return the head as it is now, genuine or not, None before the first record. Waits for no lock."""
     return _found(session, keys, _QUERY)
 
 
@@ -48,6 +49,18 @@ def lock_head(session: Session, keys: KeySet) -> Head:
     if head is None or not head.genuine:
         raise AuditUnavailable(FORGED)
     return head
+
+
+def find_and_lock_head(session: Session, keys: KeySet) -> Head | None:
+    """As ``read_head``, and keep its lock until the transaction ends."""
+    return _found(session, keys, _LOCKING_QUERY)
+
+
+def put_head(session: Session, keys: Keys, count: int, chain: str) -> None:
+    """Put a head there, whatever was there before: only for an operator who accepts a break."""
+    connection = session.connection()
+    connection.execute(_FORGET_HEAD)
+    connection.execute(_MAKE_HEAD, _values(keys, count, chain))
 
 
 def move_head(session: Session, keys: KeySet, count: int, chain: str) -> None:

@@ -170,10 +170,21 @@ def stretch(
     return list(session.exec(query.where(*below).limit(limit))), lowest
 
 
-def erase(session: Session, subject: str) -> int:
-    """Set ``subject`` to null in every record; return how many there were."""
-    query = sa.update(RECORDS).where(RECORDS.c.subject == subject).values(subject=None)
+def subject_numbers(session: Session, *, after: int, last: int, subject: str) -> Sequence[int]:
+    """Return the numbers of the records of ``subject`` from behind ``after`` to ``last``."""
+    query = sa.select(RECORDS.c.number).where(RECORDS.c.number > after, RECORDS.c.number <= last)
+    return list(session.connection().execute(query.where(RECORDS.c.subject == subject)).scalars())
+
+
+def erase(session: Session, *, numbers: Sequence[int], subject: str) -> int:
+    """Set ``subject`` to null in these records; return in how many it stood."""
+    query = sa.update(RECORDS).where(RECORDS.c.number.in_(numbers), RECORDS.c.subject == subject).values(subject=None)
     return session.connection().execute(query).rowcount
+
+
+def remove_until(session: Session, last: int) -> int:
+    """Delete every record up to this number; return how many."""
+    return session.connection().execute(sa.delete(RECORDS).where(RECORDS.c.number <= last)).rowcount
 
 
 # --- for verify
@@ -198,9 +209,10 @@ def first_and_last(session: Session) -> tuple[int | None, int | None]:
     return first, last
 
 
-def count_records(session: Session) -> int:
-    """Return how many records there are, whatever their numbers."""
-    return int(session.connection().execute(sa.select(sa.func.count()).select_from(RECORDS)).scalar_one())
+def count_behind(session: Session, *, number: int) -> int:
+    """Return how many records there are with higher numbers."""
+    query = sa.select(sa.func.count()).select_from(RECORDS).where(RECORDS.c.number > number)
+    return int(session.connection().execute(query).scalar_one())
 
 
 def links_after(session: Session, *, number: int) -> Sequence[Row]:
@@ -213,3 +225,34 @@ def links_of(session: Session, *, numbers: Sequence[int]) -> dict[int, str]:
     """Return the links of these records, as far as they are there."""
     query = sa.select(RECORDS.c.number, RECORDS.c.chain).where(RECORDS.c.number.in_(numbers))
     return {row["number"]: row["chain"] for row in rows_of(session, query)}
+
+
+def records_between(session: Session, *, after: int, last: int) -> Sequence[Row]:
+    """Return the records from behind ``after`` to ``last`` as they are stored, all at once."""
+    query = sa.select(*_STORED).where(RECORDS.c.number > after, RECORDS.c.number <= last)
+    return rows_of(session, query.order_by(RECORDS.c.number))
+
+
+def numbers_between(session: Session, *, after: int, last: int, size: int) -> Sequence[int]:
+    """Return the first ``size`` numbers that there are from behind ``after`` to ``last``."""
+    query = sa.select(RECORDS.c.number).where(RECORDS.c.number > after, RECORDS.c.number <= last)
+    return list(session.connection().execute(query.order_by(RECORDS.c.number).limit(size)).scalars())
+
+
+def actions_of(session: Session, *, action: str) -> Sequence[Row]:
+    """Return every record of a rare action (no hand-out) as it is stored, in order; the index on them finds it."""
+    query = sa.select(*_STORED).where(RECORDS.c.action == action).where(_IS_RARE)
+    return rows_of(session, query.order_by(RECORDS.c.number))
+
+
+def bounds_in_time(
+    session: Session, *, after: int, last: int, since: float | None, until: float | None
+) -> tuple[int | None, int | None]:
+    """Return the lowest and the highest number behind ``after`` up to ``last`` with ``since <= at < until``."""
+    query = _FIRST_AND_LAST.where(RECORDS.c.number > after, RECORDS.c.number <= last)
+    if since is not None:
+        query = query.where(RECORDS.c.at >= since)
+    if until is not None:
+        query = query.where(RECORDS.c.at < until)
+    first, highest = session.connection().execute(query).one()
+    return first, highest

@@ -1,22 +1,24 @@
-"""Where lines go besides the database: files and standard output, written durably or not at all."""
+"""Where lines go besides the database: files and standard output, each written by a thread of its own."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import os
+import queue
 import stat
 import sys
+import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
-
-from sqlalchemy.util.concurrency import await_, in_greenlet
 
 from broker.errors import AuditUnavailable
 
 Place: TypeAlias = Path | None  # None: standard output
+
+DEADLINE_SECONDS = 2.0
+NOT_WRITTEN = "An audit sink could not be written"
 
 _encode = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False).encode  # ASCII: any stream has it
 
@@ -30,20 +32,80 @@ def places_of(names: Sequence[str]) -> tuple[Place, ...]:
             raise ValueError("an audit place is database, stdout or file:<path>")
         if name != "database":
             places.append(Path(path) if path else None)
-    return tuple(places)
+    return tuple(dict.fromkeys(places))
 
 
-def write_lines(places: Sequence[Place], lines: str) -> None:
-    """Write whole lines to every place, durably; ``AuditUnavailable`` when one of them does not take them. May block."""
-    try:
-        for place in places:
-            if place is None:
-                sys.stdout.write(lines)
-                sys.stdout.flush()
+class Writer:
+    """Writes to one place, in order, on a thread of its own: a place that hangs (a dead NFS, a full pipe) holds up nobody.
+
+    Use it from one event loop. The thread is a daemon: one that hangs for ever does not keep the process alive.
+    """
+
+    def __init__(self, place: Place) -> None:
+        """Begin nothing: the thread starts with the first line."""
+        self._place = place
+        self._waiting: queue.SimpleQueue[tuple[int, str, asyncio.AbstractEventLoop, asyncio.Future[None]]] = (
+            queue.SimpleQueue()
+        )
+        self._thread: threading.Thread | None = None
+        self._round = 0
+
+    def begin(self, lines: str) -> asyncio.Future[None]:
+        """Write whole lines, durably, after those before; the future fails with ``AuditUnavailable`` where that fails."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="audit-sink", daemon=True)
+            self._thread.start()
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[None] = loop.create_future()
+        self._waiting.put((self._round, lines, loop, done))
+        return done
+
+    async def write(self, lines: str, deadline_seconds: float) -> None:
+        """As ``begin``, and wait for it: ``AuditUnavailable`` also after the deadline. The lines may be written later."""
+        try:
+            await asyncio.wait_for(self.begin(lines), deadline_seconds)
+        except TimeoutError:
+            self.give_up()
+            raise AuditUnavailable(NOT_WRITTEN) from None
+
+    def give_up(self) -> None:
+        """Drop what waits behind the write that is under way, so that nothing is written out of order later."""
+        self._round += 1
+
+    def _run(self) -> None:
+        while True:
+            number, lines, loop, done = self._waiting.get()
+            failure = None
+            if number == self._round:
+                try:
+                    write_lines(self._place, lines)
+                except (OSError, ValueError) as error:  # ValueError: a closed stream
+                    failure = AuditUnavailable(NOT_WRITTEN)
+                    failure.__cause__ = error
             else:
-                _append_durably(place, lines.encode())
-    except (OSError, ValueError) as error:  # ValueError: a closed stream
-        raise AuditUnavailable("An audit sink could not be written") from error
+                failure = AuditUnavailable(NOT_WRITTEN)
+            try:
+                loop.call_soon_threadsafe(_end, done, failure)
+            except RuntimeError:  # the loop is closed: nobody waits any more
+                continue
+
+
+def _end(done: asyncio.Future[None], failure: Exception | None) -> None:
+    if done.done():
+        return
+    if failure is None:
+        done.set_result(None)
+    else:
+        done.set_exception(failure)
+
+
+def write_lines(place: Place, lines: str) -> None:
+    """Write whole lines to a place, durably; raises OSError or ValueError when it does not take them. May block."""
+    if place is None:
+        sys.stdout.write(lines)
+        sys.stdout.flush()
+    else:
+        _append_durably(place, lines.encode())
 
 
 def _append_durably(path: Path, data: bytes) -> None:
@@ -91,23 +153,3 @@ def _sync_directory(path: Path) -> None:
 def line_of(row: Mapping[str, Any]) -> str:
     """Return a record or a checkpoint as a line. A subject stays out: an erasure could not reach it here."""
     return _encode({name: value for name, value in row.items() if name != "subject"}) + "\n"
-
-
-@dataclass(slots=True)
-class Copies:
-    """The lines of one transaction for the other sinks, written after its commit, and how that went."""
-
-    places: tuple[Place, ...]
-    lines: list[str] = field(default_factory=list)
-    error: AuditUnavailable | None = None
-
-    def write(self) -> None:
-        """Write; keep the failure. On PostgreSQL this is called on the event loop, which must not wait for a disk."""
-        lines = "".join(self.lines)
-        try:
-            if in_greenlet():
-                await_(asyncio.to_thread(write_lines, self.places, lines))
-            else:
-                write_lines(self.places, lines)
-        except AuditUnavailable as error:
-            self.error = error

@@ -1,34 +1,23 @@
-"""Verifying: follow every link, then hold the chain against its head and against all checkpoints; name the first break."""
+"""Verifying: walk the chain, then hold it against its head and against all checkpoints; name the first break."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, TypeAlias
+from typing import Any
 
-from broker.audit.chain import GENESIS, KeySet, Row, same
+from broker.audit.acceptances import Acceptance, digest_of_line, read_acceptances
+from broker.audit.chain import KeySet, Row, same
 from broker.audit.checkpoints import checkpoint_batches, is_signed
+from broker.audit.floor import Floor, read_floor
 from broker.audit.head import Head, read_head
-from broker.audit.records import (
-    BATCH,
-    RECORDS,
-    count_records,
-    first_and_last,
-    links_after,
-    links_of,
-    records_after,
-)
-from broker.audit.sinks import Place
+from broker.audit.places import CheckpointPlace
+from broker.audit.records import first_and_last, links_of
+from broker.audit.walk import Break, Position, Problem, Walked, walk
 from broker.database import Database
-from broker.errors import InternalError
-
-Problem: TypeAlias = Literal[
-    "edited", "removed", "reordered", "cut_tail", "head_forged", "checkpoint_forged", "subject_mismatch"
-]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +26,11 @@ class Verification:
 
     ``first_broken``: the number of the first record that is wrong or missing; for a rewritten tail, of the one at which the
     chain contradicts a checkpoint (the break is there or between it and the checkpoint before); None for a forged
-    checkpoint, which breaks no record. ``problem``: ``edited``; ``removed``; ``reordered``; ``cut_tail``;
-    ``head_forged`` (the records fit as far as they go, but whether they are all cannot be told); ``checkpoint_forged``;
-    ``subject_mismatch``. ``checked_checkpoints`` counts those read in all places, also the same one twice.
+    checkpoint, which breaks no record, and for a forged floor. ``problem``: ``edited``; ``removed``; ``reordered``;
+    ``cut_tail``; ``head_forged`` (the records fit as far as they go, but whether they are all cannot be told);
+    ``floor_forged`` (whether records before the first were removed by us cannot be told); ``checkpoint_forged``;
+    ``subject_mismatch``. ``checked_checkpoints`` counts those read in all places, also the same one twice. ``floor``: up to
+    this number records were removed by retention, 0: none. ``accepted``: breaks that an operator accepted, by whom and why.
     """
 
     ok: bool
@@ -47,161 +38,122 @@ class Verification:
     first_broken: int | None = None
     problem: Problem | None = None
     checked_checkpoints: int = 0
+    floor: int = 0
+    accepted: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
-class _Break:
-    problem: Problem
-    number: int | None
+class Known:
+    """What is read before the walk: where it begins, where it must end, and what was accepted."""
+
+    floor: Floor
+    head: Head | None
+    acceptances: tuple[Acceptance, ...]
+
+    @property
+    def until(self) -> int | None:
+        """The number that the walk ends at: what is written meanwhile is not looked at. None: to the end."""
+        return self.head.count if self.head is not None and self.head.genuine else None
 
 
-@dataclass(frozen=True, slots=True)
-class _Walked:
-    """How far the records fit: the last good number and link, and what stopped the walk."""
-
-    last: int
-    chain: str
-    broken: _Break | None = None
-
-
-async def verify_chain(database: Database, keys: KeySet, second_places: Sequence[Place]) -> Verification:
+async def verify_chain(database: Database, keys: KeySet, places: Sequence[CheckpointPlace]) -> Verification:
     """See ``Audit.verify``."""
+    known = await read_known(database, keys)
+    found = await _verdict(database, keys, places, known)
+    while not found.ok:
+        again = await database.read(partial(read_floor, keys=keys))
+        if again == known.floor:
+            break  # else records were removed by retention while we walked
+        known = await read_known(database, keys)
+        found = await _verdict(database, keys, places, known)
+    return found
+
+
+async def read_known(database: Database, keys: KeySet) -> Known:
+    """Read floor, head and acceptances."""
     head = await database.read(partial(read_head, keys=keys))
-    walked = await _walk(database, keys, head.count if head is not None and head.genuine else None)
-    if walked.broken is not None:
-        return _broken(walked.broken, walked.last)
-    if head is not None and head.genuine and walked.last < head.count:
-        return _broken(_Break("cut_tail", walked.last + 1), walked.last)
-    found, checked = await _check_checkpoints(database, keys, second_places)
-    if found is None or found.problem != "cut_tail":
-        found = await _check_head(database, keys, head, walked) or found
-    if found is not None:
-        return _broken(found, walked.last, checked)
-    return Verification(ok=True, count=walked.last, checked_checkpoints=checked)
+    acceptances = await read_acceptances(database, keys)
+    return Known(await database.read(partial(read_floor, keys=keys)), head, acceptances)
 
 
-def _broken(found: _Break, count: int, checked: int = 0) -> Verification:
-    return Verification(
-        ok=False, count=count, first_broken=found.number, problem=found.problem, checked_checkpoints=checked
-    )
-
-
-# --- the links
-
-
-async def _walk(database: Database, keys: KeySet, until: int | None) -> _Walked:
-    """Follow the links from the first record to number ``until`` (None: to the end)."""
-    last, chain = 0, GENESIS
-    while rows := await _next_records(database, last, until):
-        for row in rows:
-            problem = _problem(keys, row, last + 1, chain)
-            if problem is not None:
-                named = await _named(database, keys, problem, row, until)
-                return _Walked(last, chain, _Break(named, last + 1))
-            last, chain = row["number"], row["chain"]
-        await asyncio.sleep(0)  # others want the event loop too
-    return _Walked(last, chain)
-
-
-async def _next_records(database: Database, number: int, until: int | None) -> Sequence[Row]:
-    """Return the next batch; a single record that cannot even be read stands for itself, as one of nothing.
-
-    (SQLite keeps bytes in a text column that are no text, and its driver stumbles over them.)
-    """
-    for size in (BATCH, 1):
-        with contextlib.suppress(InternalError):
-            return await database.read(partial(records_after, number=number, until=until, size=size))
-    return [dict.fromkeys(RECORDS.c.keys())]
-
-
-def _problem(keys: KeySet, row: Row, expected: int, previous: str) -> Problem | None:
-    """Return what is wrong with the row at position ``expected``, as far as it shows by itself. Pure."""
-    if row["number"] is None:
-        return "edited"
-    if row["number"] != expected:
-        return "removed"
-    link = keys.link_of(row, previous)
-    if link is None or not same(row["chain"], link):
-        return "edited"
-    subject, digest = row["subject"], row["subject_digest"]
-    if subject is not None and not same(digest, keys.by_id[row["key_id"]].subject_digest(str(subject))):
-        return "subject_mismatch"
-    return None
-
-
-async def _named(database: Database, keys: KeySet, problem: Problem, row: Row, until: int | None) -> Problem:
-    """Tell a row that does not fit from one that would fit elsewhere, or that stands where a removed one stood."""
-    if problem != "edited":
-        return problem
-    with contextlib.suppress(InternalError):  # a later record may be one that cannot be read
-        if await _fits_elsewhere(database, keys, row):
-            return "reordered"
-    count = await database.read(count_records)
-    return "removed" if until is not None and count < until else "edited"
-
-
-async def _fits_elsewhere(database: Database, keys: KeySet, row: Row) -> bool:
-    """Whether the record follows another one's link: by its own link, or by the link that now stands behind that."""
-    if keys.link_of(row, GENESIS) is None:
-        return False
-    before, links = 0, [GENESIS]
-    while found := await database.read(partial(links_after, number=before)):
-        before = found[-1]["number"]
-        links.extend(str(one["chain"]) for one in found)
-        for previous, following in itertools.pairwise([*links, ""]):
-            if keys.link_of(row, previous) in {row["chain"], following}:
-                return True
-        links = links[-1:]
-        await asyncio.sleep(0)
-    return False
+async def _verdict(database: Database, keys: KeySet, places: Sequence[CheckpointPlace], known: Known) -> Verification:
+    told: dict[str, Any] = {"floor": known.floor.number, "accepted": tuple(one.shown() for one in known.acceptances)}
+    if not known.floor.genuine:
+        return Verification(ok=False, count=0, problem="floor_forged", **told)
+    start = Position(known.floor.number, known.floor.chain)
+    walked = await walk(database, keys, start, until=known.until, acceptances=known.acceptances)
+    broken = walked.broken
+    if broken is None and known.until is not None and walked.last.number < known.until:
+        broken = Break("cut_tail", walked.last.number + 1)
+    checked = 0
+    if broken is None:
+        broken, checked = await check_checkpoints(database, keys, places, known)
+        if broken is None or broken.problem != "cut_tail":
+            broken = await _check_head(database, keys, known, walked) or broken
+    problem, number = (None, None) if broken is None else (broken.problem, broken.number)
+    return Verification(problem is None, walked.count, number, problem, checked, **told)
 
 
 # --- the head
 
 
-async def _check_head(database: Database, keys: KeySet, head: Head | None, walked: _Walked) -> _Break | None:
+async def _check_head(database: Database, keys: KeySet, known: Known, walked: Walked) -> Break | None:
     """Find a head that is not ours, is gone, or is an older copy that counts fewer records than there are."""
     first, last = await database.read(first_and_last)
     latest = await database.read(partial(read_head, keys=keys))  # read after the records: it counts at least those
-    count = 0 if latest is None else latest.count
-    if first is not None and first < 1:
-        return _Break("edited", first)
-    if any(one is not None and not one.genuine for one in (head, latest)):
-        return _Break("head_forged", walked.last + 1)
+    count = known.floor.number if latest is None else latest.count
+    if first is not None and first <= known.floor.number:
+        return Break("edited", first)
+    if any(one is not None and not one.genuine for one in (known.head, latest)):
+        return Break("head_forged", walked.last.number + 1)
     if last is not None and last > count:
-        return _Break("head_forged", count + 1 if latest is not None else walked.last + 1)
-    if head is not None and not same(head.chain, walked.chain):
-        return _Break("head_forged", walked.last + 1)
+        return Break("head_forged", count + 1 if latest is not None else walked.last.number + 1)
+    if known.head is not None and not same(known.head.chain, walked.last.chain):
+        return Break("head_forged", walked.last.number + 1)
     return None
 
 
 # --- the checkpoints
 
 
-async def _check_checkpoints(
-    database: Database, keys: KeySet, second_places: Sequence[Place]
-) -> tuple[_Break | None, int]:
+async def check_checkpoints(
+    database: Database, keys: KeySet, places: Sequence[CheckpointPlace], known: Known
+) -> tuple[Break | None, int]:
     """Compare every checkpoint with the chain; return the first break, cut tails before forgeries, and the count."""
-    forged: _Break | None = None
+    forged: Break | None = None
     checked = 0
-    async with contextlib.aclosing(checkpoint_batches(database, second_places)) as batches:
+    accepted = frozenset[str]().union(*(one.forged for one in known.acceptances))
+    async with contextlib.aclosing(checkpoint_batches(database, places)) as batches:
         async for batch in batches:
             checked += len(batch)
-            signed = await asyncio.to_thread(lambda rows: [row for row in rows if is_signed(keys, row)], batch)
-            if len(signed) < len(batch):
-                forged = _Break("checkpoint_forged", None)
-            contradiction = await _contradiction(database, signed)
-            if contradiction is not None:
-                return contradiction, checked
+            signed, others = await asyncio.to_thread(sorted_out, keys, batch)
+            if any(digest_of_line(line) not in accepted for line in others):
+                forged = Break("checkpoint_forged", None)
+            wrong = await contradictions(database, signed, known)
+            if wrong:
+                _, last = await database.read(first_and_last)
+                return Break("cut_tail", min(*wrong, (last or known.floor.number) + 1)), checked
     return forged, checked
 
 
-async def _contradiction(database: Database, signed: Sequence[Row]) -> _Break | None:
-    """Return where the chain lacks a record that was signed for, or has another in its place."""
-    numbers = [one["count"] for one in signed]
-    links = await database.read(partial(links_of, numbers=numbers))
-    wrong = [one["count"] for one in signed if not same(links.get(one["count"]), one["chain"])]
-    if not wrong:
-        return None
-    _, last = await database.read(first_and_last)
-    return _Break("cut_tail", min(*wrong, (last or 0) + 1))
+def sorted_out(keys: KeySet, batch: Sequence[Any]) -> tuple[list[Row], list[Any]]:
+    """Return the checkpoints that we signed, and the other lines."""
+    signed = [line for line in batch if is_signed(keys, line)]
+    ours = {id(line) for line in signed}
+    return signed, [line for line in batch if id(line) not in ours]
+
+
+async def contradictions(database: Database, signed: Sequence[Row], known: Known) -> list[int]:
+    """Return the counts at which the chain lacks a record that was signed for, or has another in its place.
+
+    Those before the floor, and those in a span that was accepted, say nothing any more.
+    """
+    spans = [(one.first, one.last) for acceptance in known.acceptances for one in acceptance.breaks]
+    counted = [
+        one
+        for one in signed
+        if one["count"] >= known.floor.number and not any(first <= one["count"] <= last for first, last in spans)
+    ]
+    links = await database.read(partial(links_of, numbers=[one["count"] for one in counted]))
+    links[known.floor.number] = known.floor.chain
+    return [one["count"] for one in counted if not same(links.get(one["count"]), one["chain"])]

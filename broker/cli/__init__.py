@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from broker import __version__
-from broker.cli import audit, callers, connections, integrations, processes, providers
+from broker.cli import audit, callers, connections, doctor, integrations, keys, processes, providers, revoke, vault
 
 main = typer.Typer(
     rich_markup_mode=None,
@@ -33,7 +33,7 @@ def _version(
 
 config = typer.Typer(help="Check the settings.", no_args_is_help=True)
 config.command("check")(processes.config_check)
-for command in (processes.demo, processes.serve, processes.worker, processes.migrate):
+for command in (processes.demo, processes.serve, processes.worker, processes.migrate, doctor.doctor):
     main.command()(command)
 for name, group in {
     "config": config,
@@ -42,5 +42,8 @@ for name, group in {
     "connections": connections.commands,
     "providers": providers.commands,
     "audit": audit.commands,
+    "vault": vault.commands,
+    "keys": keys.commands,
+    "revoke": revoke.commands,
 }.items():
     main.add_typer(group, name=name)

@@ -54,19 +54,22 @@ def add(
     async def work(parts: Parts) -> dict[str, Any]:
         row, key = await parts.callers.add(name, role, grants, expires_at, actor=OPERATOR.caller_id)
         keys = (await parts.callers.keys_of([row.id]))[row.id]
-        return {**caller_json(row, keys), "key": key.reveal()}
+        return {**caller_json(row, keys, parts.callers), "key": key.reveal()}
 
     show_fields(with_parts(work), ["id", "name", "roles", "expires_at", "key"], as_json=as_json)
 
 
 @commands.command("list")
 def list_(as_json: Json = False) -> None:  # noqa: FBT002 - a flag
-    """List callers and their live keys, newest first."""
+    """List callers and their live keys, newest first.
+
+    With each key stands when it was last used (true to the minute) and, where it ends, when.
+    """
 
     async def work(parts: Parts) -> list[dict[str, Any]]:
         rows = await parts.callers.page(limit=MOST)
         keys = await parts.callers.keys_of([row.id for row in rows])
-        return [caller_json(row, keys[row.id]) for row in rows]
+        return [caller_json(row, keys[row.id], parts.callers) for row in rows]
 
     found = with_parts(work)
     shown = found if as_json else [{**row, "live_keys": _live(row)} for row in found]
@@ -74,21 +77,34 @@ def list_(as_json: Json = False) -> None:  # noqa: FBT002 - a flag
 
 
 def _live(caller: Mapping[str, Any]) -> list[str]:
-    return [key["id"] for key in caller["keys"] if key["revoked_at"] is None]
+    shown = [_told(key) for key in caller["keys"] if key["revoked_at"] is None]
+    return shown if caller["genuine"] else [*shown, "REFUSED: not written by the broker"]
+
+
+def _told(key: Mapping[str, Any]) -> str:
+    """Return a key's id, when it was last used and, where it ends, when."""
+    ends = f"; ends {key['expires_at']}" if key["expires_at"] else ""
+    return f"{key['id']} (used {key['last_used_at'] or 'never'}{ends})"
 
 
 @commands.command("add-key")
-def add_key(caller_id: CallerId, as_json: Json = False) -> None:  # noqa: FBT002 - a flag
+def add_key(
+    caller_id: CallerId,
+    expires_at: Annotated[
+        str | None, typer.Option(metavar="TIME", help="When this key ends, such as 2030-01-31T00:00:00Z.")
+    ] = None,
+    as_json: Json = False,  # noqa: FBT002 - a flag
+) -> None:
     """Make another key for a caller, printed once.
 
     Two may be live at a time, so a key is replaced without a gap: add one, put it into use, revoke the old one.
     """
 
     async def work(parts: Parts) -> dict[str, Any]:
-        row, key = await parts.callers.add_key(caller_id, actor=OPERATOR.caller_id)
+        row, key = await parts.callers.add_key(caller_id, actor=OPERATOR.caller_id, expires_at=expires_at)
         return key_json(row, key)
 
-    show_fields(with_parts(work), ["id", "key"], as_json=as_json)
+    show_fields(with_parts(work), ["id", "expires_at", "key"], as_json=as_json)
 
 
 @commands.command("revoke")

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from broker.api.integrations import integration_json
+from broker.api.integrations import integration_json, secret_json
 from broker.app import Parts
 from broker.cli.running import (
     OPERATOR,
@@ -119,6 +119,67 @@ def run_test(name: IntegrationName, as_json: Json = False) -> None:  # noqa: FBT
     else:
         show_rows(verdict["checks"], ["name", "ok", "detail"], as_json=False)
     raise typer.Exit(0 if verdict["ok"] else 1)
+
+
+SecretId = Annotated[str, typer.Argument(metavar="SECRET_ID", help="The client secret's id, key_….")]
+SECRET_FIELDS = ["id", "state", "source", "created_at", "last_used_at", "refused_at"]
+
+
+@commands.command("secrets")
+def secrets_(name: IntegrationName, as_json: Json = False) -> None:  # noqa: FBT002 - a flag
+    """List client secrets, newest first, without their values."""
+
+    async def work(parts: Parts) -> list[dict[str, Any]]:
+        return [secret_json(row) for row in await parts.integrations.secrets(name)]
+
+    show_rows(with_parts(work), SECRET_FIELDS, as_json=as_json)
+
+
+@commands.command("add-secret")
+def add_secret(
+    name: IntegrationName,
+    client_secret_file: Annotated[
+        Path,
+        typer.Option(
+            metavar="FILE", help="A file whose first line is the client secret; - reads it from standard input."
+        ),
+    ],
+    canary: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, max=100, help="With how many connections it is tried first, 1 to 100."),
+    ] = None,
+    as_json: Json = False,  # noqa: FBT002 - a flag
+) -> None:
+    """Make one more client secret live.
+
+    With --canary a server or a worker tries it first; this command does not wait.
+    """
+    secret = guarded(lambda: secret_from(client_secret_file))
+    assert secret is not None  # noqa: S101 - there is a file
+
+    async def work(parts: Parts) -> dict[str, Any]:
+        row = await parts.integrations.add_secret(name, secret, OPERATOR, canary=canary)
+        rotation = await parts.integrations.canary(row.id)
+        return {**secret_json(row), "rotation_id": rotation.id if rotation is not None else None}
+
+    show_fields(with_parts(work), ["id", "state", "rotation_id"], as_json=as_json)
+
+
+@commands.command("promote-secret")
+def promote_secret(name: IntegrationName, secret_id: SecretId, as_json: Json = False) -> None:  # noqa: FBT002 - a flag
+    """Make a candidate live without waiting for its canary."""
+
+    async def work(parts: Parts) -> dict[str, Any]:
+        return secret_json(await parts.integrations.promote_secret(name, secret_id, OPERATOR))
+
+    show_fields(with_parts(work), ["id", "state"], as_json=as_json)
+
+
+@commands.command("delete-secret")
+def delete_secret(name: IntegrationName, secret_id: SecretId, as_json: Json = False) -> None:  # noqa: FBT002 - a flag
+    """Take a client secret out of use and destroy it."""
+    with_parts(lambda parts: parts.integrations.delete_secret(name, secret_id, OPERATOR))
+    show_done(f"Deleted {secret_id}.", {"deleted": secret_id}, as_json=as_json)
 
 
 @commands.command("export")

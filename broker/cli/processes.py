@@ -14,7 +14,7 @@ import uvicorn
 
 from broker.app import database_of, open_parts, running_worker
 from broker.callers import parse_key
-from broker.cli.running import Json, guarded, quiet_settings, show_done, show_rows
+from broker.cli.running import Json, fail, guarded, quiet_settings, show_done, show_rows
 from broker.egress import Egress
 from broker.integrations import parse_file
 from broker.listening import BoundedHttp
@@ -46,6 +46,8 @@ def serve(
     """
     settings = _started()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises it once more after an orderly end
+    if settings.vault_secret_id_wrapped and workers > 1:
+        fail("a wrapped secret id opens once: start single processes, each with one of its own, instead of --workers")
     guarded(lambda: asyncio.run(_try_opening(settings)))
     factory = "from_environment_without_worker" if no_worker else "from_environment"
     uvicorn.run(
@@ -71,7 +73,12 @@ def _started() -> Settings:
 
 
 async def _try_opening(settings: Settings) -> None:
-    """Open everything once, so that what is wrong is said here: a supervisor would start its processes again for ever."""
+    """Open everything once, so that what is wrong is said here: a supervisor would start its processes again for ever.
+
+    Not with a wrapped secret id, which opens once: there is one process then, and it says so itself.
+    """
+    if settings.vault_secret_id_wrapped:
+        return
     async with open_parts(settings):
         return
 
@@ -86,7 +93,7 @@ def worker() -> None:
 
     async def run() -> None:
         stop = _stop_event()
-        async with open_parts(settings) as parts, running_worker(parts):
+        async with open_parts(settings) as parts, parts.replicas.beating("worker"), running_worker(parts):
             log.info("worker.started")
             await stop.wait()
 

@@ -5,6 +5,7 @@ those above it::
 
     snapshots · last_use         what a hand-out reads of a row, and what it leaves on it; both in groups
     usable · stored_secrets      the row as it stands; the secret in the vault
+    freezes                      whom a freeze or revocation means, and what becomes usable while one lasts
     leases · watching            one writer at a time, and one query for all who wait for another process's
     renewals                     pure: the requests that renew a credential, and what is kept of the answer
     outcomes                     what a refresh came to, on the row
@@ -32,7 +33,7 @@ from broker.credentials.handing_out import HandingOut, Handout
 from broker.credentials.journal import Journal
 from broker.credentials.leases import Claimed, Lease, LeaseLost, require_lease
 from broker.credentials.outcomes import Outcomes
-from broker.credentials.refreshing import Refreshing
+from broker.credentials.refreshing import Refreshing, Tried
 from broker.credentials.revoking import Revoked, Revoking
 from broker.credentials.snapshots import Snapshot, find_snapshots
 from broker.credentials.stored_secrets import StoredSecrets, bearer_of, oauth_value, secret_owner, sha256_hex
@@ -55,6 +56,7 @@ __all__ = [
     "Lease",
     "LeaseLost",
     "Revoked",
+    "Tried",
     "bearer_of",
     "oauth_value",
     "require_lease",
@@ -137,6 +139,14 @@ class Credentials:
         """Refresh now unless somebody else just did; for the worker. Raises as ``fresh`` does."""
         await self._refreshing.once(row.id, row.secret_version, self._wait_seconds)
 
+    async def try_client_secret(self, row: Connection, secret_id: str) -> Tried:
+        """Refresh now with this client secret, a candidate, in front of the live ones; return what the provider made of it.
+
+        ``refused``: then the live ones were used, so the connection suffers nothing by it. ``not_sent``: somebody else just
+        refreshed it. Raises as ``fresh`` does; then nothing is known of the secret.
+        """
+        return await self._refreshing.trying(row, secret_id)
+
     # Writing otherwise
 
     async def claim(self, connection_id: str) -> Claimed | None:
@@ -168,6 +178,14 @@ class Credentials:
         await self._stored.destroy(connection_id)
 
     # Ending
+
+    async def revoke_at_provider(self, row: Connection) -> Revoked:
+        """Revoke what the connection holds at its provider; for the holder of its lease. Nothing is written.
+
+        ``failed``: the provider did not confirm. Raises what the provider's calls raise, OriginChanged, and
+        SecretStoreUnavailable when the secret cannot be opened.
+        """
+        return await self._revoking.at_provider(row)
 
     async def dispose(self, connection_id: str) -> Revoked:
         """Finish the deletion of a row marked ``deleted_at``: revoke, destroy the secret, remove the row.

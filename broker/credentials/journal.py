@@ -29,7 +29,7 @@ from broker.models import RefreshAttempt, RefreshJournal
 from broker.refresh import Verdict, failure_of, wait_for
 from broker.token_endpoint import TokenAnswer, TokenRefusal, parse_answer
 from broker.vault import SecretUnreadable
-from broker.vault.keyring import Sealer
+from broker.vault.keyring import Seal, Sealer
 from providers.spec import Incoming
 
 log = structlog.get_logger()
@@ -81,6 +81,17 @@ def _in_a_callers_terms(verdict: Verdict, refusal: TokenRefusal, at: float) -> E
     return refused
 
 
+def _content(token: SentToken, answer: Incoming) -> bytes:
+    """Return what is sealed of an answer."""
+    body = {
+        "status": answer.status,
+        "headers": dict(answer.headers),
+        "body": base64.b64encode(answer.body).decode(),
+        "for_sha256": token.sha256,
+    }
+    return json.dumps(body).encode()
+
+
 class Journal:
     """Keeps raw answers, sealed, and acts on them. Only the holder of a connection's lease calls it."""
 
@@ -105,17 +116,19 @@ class Journal:
     async def keep(self, lease: Lease, token: SentToken, answered: Answered) -> RefreshJournal:
         """Make the answer durable. While the database does not take it, it is offered again: it may be the only copy.
 
-        Raises LeaseLost; DatabaseUnavailable when the time for that is over.
+        So it is while a data key that was replaced cannot be loaded. Raises LeaseLost; DatabaseUnavailable or
+        SecretStoreUnavailable when the time for that is over.
         """
-        sealed = self._sealed(lease, token, answered.answer)
+        content = _content(token, answered.answer)
 
-        def work(session: Session) -> RefreshJournal:
+        def work(session: Session, seal: Seal) -> RefreshJournal:
             require_lease(session, lease)
+            owner = secret_owner(lease.connection_id)
             journal = RefreshJournal(
                 connection_id=lease.connection_id,
                 fence=lease.fence,
                 token_digest=token.keyed_digest,
-                sealed_answer=sealed,
+                sealed_answer=seal(content, owner=owner, purpose="journal", version=lease.fence),
                 received_at=now(session) - (self._monotonic() - answered.at_monotonic),
             )
             session.merge(journal)
@@ -123,8 +136,8 @@ class Journal:
 
         while True:
             try:
-                return await self._database.transaction(work)
-            except DatabaseUnavailable:
+                return await self._sealer.write(self._database, work)
+            except (DatabaseUnavailable, SecretStoreUnavailable):
                 waited_seconds = self._monotonic() - answered.at_monotonic
                 log.error("refresh.journal_waits", connection_id=lease.connection_id, seconds=round(waited_seconds, 1))  # noqa: TRY400 - no defect
                 if waited_seconds > self._keep_seconds:
@@ -163,16 +176,6 @@ class Journal:
         """Return the claim with its row as it is now and without a journal (NotFound)."""
         row, at = await read_row(self._database, claimed.row.id)
         return replace(claimed, row=row, journal=None, now=at)
-
-    def _sealed(self, lease: Lease, token: SentToken, answer: Incoming) -> bytes:
-        body = {
-            "status": answer.status,
-            "headers": dict(answer.headers),
-            "body": base64.b64encode(answer.body).decode(),
-            "for_sha256": token.sha256,
-        }
-        owner = secret_owner(lease.connection_id)
-        return self._sealer.seal(json.dumps(body).encode(), owner=owner, purpose="journal", version=lease.fence)
 
     async def _opened(self, journal: RefreshJournal) -> tuple[Incoming, str]:
         """Return the answer and the digest of the refresh token that it is for."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
 import structlog
 
@@ -34,20 +35,31 @@ from broker.errors import (
 from broker.integrations import Configured, Integrations
 from broker.models import Connection
 from broker.refresh import Failure, wait_for
-from broker.token_endpoint import Client, first_not_refused
+from broker.token_endpoint import Client, Heard
 from providers.spec import Incoming, OAuth2, Outgoing
 
 log = structlog.get_logger()
+Tried = Literal["taken", "refused", "not_sent"]
 
 
 @dataclass(frozen=True, slots=True)
 class _Prepared:
-    """A refresh that is ready to be sent: one request for each live client secret, newest first."""
+    """A refresh that is ready to be sent: one request for each of the client's secrets, in their order."""
 
+    client: Client
     requests: tuple[Outgoing, ...] = field(repr=False)
     oauth2: OAuth2
     token: SentToken
     timeout_seconds: float
+
+
+@dataclass(slots=True)
+class _Trial:
+    """A client secret that goes in front of the live ones in the refresh of one connection, and what was heard of it."""
+
+    secret_id: str
+    refused: bool = False
+    taken: bool = False
 
 
 class Refreshing:
@@ -83,6 +95,7 @@ class Refreshing:
         self._confirm_seconds = confirm_seconds
         self._monotonic = monotonic
         self._running: dict[tuple[str, int], asyncio.Task[None]] = {}
+        self._trials: dict[str, _Trial] = {}
 
     async def once(self, connection_id: str, seen_version: int, patience_seconds: float) -> None:
         """Join the refresh that runs in this process, or start one that does not die with its caller.
@@ -102,6 +115,20 @@ class Refreshing:
         if task.cancelled():
             raise UpstreamTimeout("the refresh was cut off; ask again")
         task.result()
+
+    async def trying(self, row: Connection, secret_id: str) -> Tried:
+        """Refresh a connection with this client secret in front of the live ones. See ``Credentials.try_client_secret``."""
+        trial = self._trials[row.id] = _Trial(secret_id)
+        try:
+            await self.once(row.id, row.secret_version, self._wait_seconds)
+        except BrokerError:
+            if not trial.refused:
+                raise
+        finally:
+            self._trials.pop(row.id, None)
+        if trial.refused:
+            return "refused"
+        return "taken" if trial.taken else "not_sent"
 
     async def finish(self) -> None:
         """Wait for the refreshes under way."""
@@ -171,7 +198,7 @@ class Refreshing:
         redirect_uri = self._integrations.redirect_uri(row.integration)
         requests = requests_for(Renewal(row, value, configured, client, redirect_uri, at))
         sent = SentToken(self._audit.digest(key), sha256_hex(key))
-        return _Prepared(requests, self._outcomes.oauth2_of(row), sent, configured.config.timeout_seconds)
+        return _Prepared(client, requests, self._outcomes.oauth2_of(row), sent, configured.config.timeout_seconds)
 
     async def _client(self, row: Connection, configured: Configured) -> Client:
         """Return the client that takes part in a renewal: the integration's, unless a token is minted without it."""
@@ -179,7 +206,8 @@ class Refreshing:
         if minting is not None and not minting.uses_client:
             return Client(configured.row.client_id, (), "none")
         require_same_client(row, configured)
-        return await self._integrations.client(configured)
+        trial = self._trials.get(row.id)
+        return await self._integrations.client(configured, first=trial.secret_id if trial is not None else None)
 
     async def _answered(self, claimed: Claimed, prepared: _Prepared) -> Answered:
         """Write the attempt, then send; a failure is recorded and raised in a caller's terms."""
@@ -192,7 +220,7 @@ class Refreshing:
         started = self._monotonic()
         log.info("refresh.sent", connection_id=row.id, fence=lease.fence, unknown_outcomes=row.unknown_outcomes)
         try:
-            answer = await self._ask_provider(prepared, deadline)
+            heard = await self._ask_provider(prepared, deadline)
         except (NotSent, EgressDenied, InternalError) as error:
             await self._outcomes.fail(claimed, Failure("not_sent", "not_sent"))
             raise _as_provider_error(error, row) from None
@@ -200,11 +228,18 @@ class Refreshing:
             await self._outcomes.fail(claimed, Failure("unknown", "outcome_unknown"))
             raise _as_provider_error(error, row) from None
         elapsed_ms = round((self._monotonic() - started) * 1000)
-        log.info("refresh.answered", connection_id=row.id, status=answer.status, ms=elapsed_ms)
-        return Answered(answer, self._monotonic())
+        self._judge_trial(row, prepared.client, heard)
+        log.info("refresh.answered", connection_id=row.id, status=heard.answer.status, ms=elapsed_ms)
+        return Answered(heard.answer, self._monotonic())
 
-    async def _ask_provider(self, prepared: _Prepared, deadline: float) -> Incoming:
-        """Send with each live client secret, newest first, until one is not refused; all before the ``deadline``."""
+    def _judge_trial(self, row: Connection, client: Client, heard: Heard) -> None:
+        trial = self._trials.get(row.id)
+        if trial is not None and client.secret_ids[:1] == (trial.secret_id,):
+            trial.refused = heard.refused > 0
+            trial.taken = heard.taken and not trial.refused
+
+    async def _ask_provider(self, prepared: _Prepared, deadline: float) -> Heard:
+        """Send with each client secret in turn, until one is not refused; all before the ``deadline``."""
 
         async def send(request: Outgoing) -> Incoming:
             left_seconds = deadline - self._monotonic()
@@ -212,7 +247,7 @@ class Refreshing:
                 raise NotSent("The time for this refresh is over")
             return await self._egress.send(request, timeout_seconds=left_seconds)
 
-        return await first_not_refused(prepared.oauth2, prepared.requests, send)
+        return await self._integrations.ask(prepared.oauth2, prepared.client, prepared.requests, send)
 
 
 def _as_provider_error(error: BrokerError, row: Connection) -> BrokerError:

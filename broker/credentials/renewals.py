@@ -73,15 +73,16 @@ class Renewal:
 
 
 def requests_for(renewal: Renewal) -> tuple[Outgoing, ...]:
-    """Return one request for each live client secret, newest first; at least one.
+    """Return one request for each client secret, in the client's order; at least one.
 
     Raises NotSent when the client, or what mints, cannot prove itself; OriginChanged for a place that is not pinned.
     """
     minting = minting_of(renewal.configured.provider, renewal.row.credential_type)
-    found = renewal.client.secrets or (None,)
     if minting is None:
-        return tuple(_refresh(renewal, secret) for secret in found)
-    return tuple(_minting(renewal, minting, secret) for secret in (found if minting.uses_client else (None,)))
+        return renewal.client.requests(lambda secret: _refresh(renewal, secret))
+    if not minting.uses_client:
+        return (_minting(renewal, minting, None),)
+    return renewal.client.requests(lambda secret: _minting(renewal, minting, secret))
 
 
 def _refresh(renewal: Renewal, secret: Secret | None) -> Outgoing:

@@ -43,21 +43,22 @@ class Revoking:
         self._audit = audit
         self._claims = claims
 
-    async def _revoke(self, row: Connection, configured: Configured) -> Revoked:
-        """Revoke at the provider, unless another live connection would die with it; ``failed`` instead of an error."""
-        revocation = configured.provider.oauth2.revocation if configured.provider.oauth2 is not None else None
-        if row.credential_type != "oauth2" or revocation is None:
-            return "unsupported"
-        try:
-            require_pinned(row, configured)
-            require_same_client(row, configured)
-            credential = await self._credential(row, configured)
-            kills = revocation.kills_with_refresh if credential.refresh_token is not None else revocation.kills
-            if kills in {"grant", "project"} and await self._shared(row, project=kills == "project"):
-                return "skipped_shared_grant"
-            done = await self._egress.converse(revocation.dialogue(credential), origins=set(row.pins.values()))
-        except BrokerError:
-            return "failed"
+    async def at_provider(self, row: Connection) -> Revoked:
+        """Revoke what the connection holds, unless another would die with it. See ``Credentials.revoke_at_provider``."""
+        provider = self._integrations.catalog.get(row.provider)
+        revocation = provider.oauth2.revocation if provider is not None and provider.oauth2 is not None else None
+        if row.credential_type != "oauth2" or (provider is not None and revocation is None):
+            return "unsupported"  # known without asking anybody for the integration's addresses
+        configured = await self._integrations.configured(row.integration, variables=row.variables)
+        if revocation is None:
+            return "failed"  # the provider's file is gone
+        require_pinned(row, configured)
+        require_same_client(row, configured)
+        credential = await self._credential(row, configured)
+        kills = revocation.kills_with_refresh if credential.refresh_token is not None else revocation.kills
+        if kills in {"grant", "project"} and await self._shared(row, project=kills == "project"):
+            return "skipped_shared_grant"
+        done = await self._egress.converse(revocation.dialogue(credential), origins=set(row.pins.values()))
         return "revoked" if done else "failed"
 
     async def dispose(self, connection_id: str) -> Revoked:
@@ -69,11 +70,10 @@ class Revoking:
         return result
 
     async def _revoke_deleted(self, row: Connection) -> Revoked:
-        if not row.revoke_on_delete:
+        if not row.revoke_on_delete or row.secret_version == 0:  # a revocation has destroyed it already
             return "skipped"
         try:
-            configured = await self._integrations.configured(row.integration, variables=row.variables)
-            return await self._revoke(row, configured)
+            return await self.at_provider(row)
         except BrokerError:
             return "failed"
 

@@ -143,7 +143,7 @@ class Upkeep:
                 swept += 1
         if swept:
             log.warning("credential.swept", count=swept)
-        return swept
+        return swept + await self._integrations.sweep_unreferenced(older_than_seconds=older_than_seconds, at=now_at)
 
     async def _unreferenced(self, owners: Sequence[str]) -> list[str]:
         ids = [owner.removeprefix("connections/") for owner in owners]

@@ -34,9 +34,14 @@ from broker.errors import (
     Forbidden,
     InvalidRequest,
     NotFound,
+    ProviderUnavailable,
     SecretStoreUnavailable,
     UpstreamInvalid,
+    UpstreamTimeout,
 )
+from broker.integrations import client_secrets
+from broker.integrations.client_secrets import SecretUse, as_tried, canary_of, end_canary, new_canary, newest_first
+from broker.integrations.client_secrets import secret_owner as secret_owner
 from broker.integrations.config import (
     ENDPOINT_FIELDS,
     NAME_PATTERN,
@@ -55,16 +60,17 @@ from broker.integrations.config import (
     signs_with_its_secret,
     variables_in,
 )
-from broker.models import AuditRecord, ClientSecret, Connection, Integration, IntegrationLog, new_id
+from broker.models import AuditRecord, ClientSecret, Connection, Integration, IntegrationLog, Rotation, new_id
 from broker.policy import Principal
 from broker.settings import Settings, SettingsError
-from broker.token_endpoint import Client, discovery_url, parse_discovery
+from broker.token_endpoint import Client, Heard, discovery_url, first_not_refused, parse_discovery
 from broker.vault import SecretNotFound, SecretUnreadable, Vault
-from providers.spec import OAuth2, Provider, Secret
+from providers.spec import Incoming, OAuth2, Outgoing, Provider, Secret
 
 DISCOVERY_SECONDS = 3600.0
 REFETCH_SECONDS = 10.0
 FAILED_SECONDS = 15.0
+DISCOVERY_WAIT_SECONDS = 2.0
 TEST_SECONDS = 120.0
 MOST_SECRETS = 10
 MOST_INTEGRATIONS = 10_000
@@ -97,11 +103,12 @@ class Configured:
 
 @dataclass(frozen=True, slots=True)
 class _Kept:
-    """An integration as it was built once, and what it was built from."""
+    """An integration as it was built once, and what it was built from. ``bare``: without the discovery that it needs."""
 
     version: tuple[float | None, float | None]
     discovery: tuple[float, Mapping[str, Any]] | None
     configured: Configured
+    bare: asyncio.Task[Configured] | None = None
 
 
 def _issuer_of(configured: Configured) -> str:
@@ -110,11 +117,6 @@ def _issuer_of(configured: Configured) -> str:
 
 def _is_fresh(known: tuple[float, Mapping[str, Any]]) -> bool:
     return time.monotonic() - known[0] < DISCOVERY_SECONDS
-
-
-def secret_owner(integration: str, secret_id: str) -> str:
-    """Return where a client secret lives in the vault."""
-    return f"integrations/{integration}/{secret_id}"
 
 
 def status_of(row: Integration, *, known: bool = True, has_secret: bool, needs_client: bool, at: float) -> Status:
@@ -146,7 +148,7 @@ class Draft:
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """An integration as it is shown: never with a secret."""
+    """An integration as it is shown: never with a secret. ``secret_ids`` are those of the live client secrets."""
 
     row: Integration
     status: Status
@@ -178,6 +180,11 @@ class Integrations:
         self._fetching: dict[str, asyncio.Lock] = {}
         self._failed: dict[str, tuple[float, BrokerError]] = {}
         self._kept: dict[str, _Kept] = {}
+        self._secret_use = SecretUse(database)
+
+    async def aclose(self) -> None:
+        """Write what is still to be written of when client secrets were used."""
+        await self._secret_use.aclose()
 
     # Reading
 
@@ -208,8 +215,10 @@ class Integrations:
             at = now(session)
             rows = {row.name: row for row in session.exec(select(Integration).where(col(Integration.name).in_(names)))}
             secrets: dict[str, list[str]] = {}
-            found = select(ClientSecret).where(col(ClientSecret.integration).in_(names))
-            for secret in session.exec(_newest_first(found)):
+            found = select(ClientSecret).where(
+                col(ClientSecret.integration).in_(names), col(ClientSecret.state) == "live"
+            )
+            for secret in session.exec(newest_first(found)):
                 secrets.setdefault(secret.integration, []).append(secret.id)
             return [self._view(rows[name], secrets.get(name, []), at) for name in names if name in rows]
 
@@ -232,6 +241,16 @@ class Integrations:
         Raises NotFound; Conflict when its provider is no longer in the catalog; ProviderUnavailable or UpstreamInvalid
         when discovery fails.
         """
+        return await self._build(name, variables, endpoints=endpoints)
+
+    async def _build(
+        self,
+        name: str,
+        variables: Mapping[str, str] | None,
+        *,
+        endpoints: Endpoints | None = None,
+        discover: bool = True,
+    ) -> Configured:
         row = await self._database.read(lambda session: session.get(Integration, name))
         if row is None:
             raise NotFound
@@ -240,7 +259,7 @@ class Integrations:
         provider = self.catalog[row.provider]
         config = IntegrationConfig.model_validate(row.config)
         known = known_variables(provider, config, variables)
-        templates = endpoints or await self._templates(provider, config, known)
+        templates = endpoints or await self._templates(provider, config, known, discover=discover)
         return Configured(row, provider, config, endpoints or filled_endpoints(templates, known), templates, known)
 
     def with_variables(self, configured: Configured, variables: Mapping[str, str]) -> Configured:
@@ -252,33 +271,55 @@ class Integrations:
     async def configured_at(
         self, name: str, version: tuple[float | None, float | None], variables: Mapping[str, str]
     ) -> Configured:
-        """As ``configured``, from memory if it is still what ``version`` (created_at, updated_at) names.
+        """As ``configured``, for a hand-out: from memory if it is still what ``version`` (created_at, updated_at) names.
 
         The version has to be read from the database for this call. What comes is shared: do not change it. It spares a
         query and the parsing of the configuration, together half a millisecond of each hand-out.
+
+        A live token needs no discovery. Where none was had yet and none comes within ``DISCOVERY_WAIT_SECONDS``, the
+        endpoints are only those that need none: a connection's pins are then judged by what the configuration itself says.
+        That is refused (with what discovery raises) where endpoints were changed since the last rebind: only today's
+        origins can tell there. For nothing that is sent to a provider: whoever does that asks ``configured``.
         """
-        configured = await self._kept_at(name, version)
         if not variables:
-            return configured
+            return await self._kept_at(name, version)
+        configured = await self._kept_at(name, version)
         if variables_in(configured.config.issuer or ""):
-            return await self.configured(name, variables=variables)
+            return (await self._soon(name, variables))[0]
         return self.with_variables(configured, variables)
 
     async def _kept_at(self, name: str, version: tuple[float | None, float | None]) -> Configured:
         kept = self._kept.get(name)
         if kept is not None and kept.version == version and self._still_holds(kept):
             return kept.configured
-        configured = await self.configured(name)
+        configured, bare = await self._soon(name, {})
         if len(self._kept) >= MOST_KEPT:
             self._kept.clear()
         row, discovery = configured.row, self._discovered.get(_issuer_of(configured))
-        self._kept[name] = _Kept((row.created_at, row.updated_at), discovery, configured)
+        self._kept[name] = _Kept((row.created_at, row.updated_at), discovery, configured, bare)
         return configured
+
+    async def _soon(
+        self, name: str, variables: Mapping[str, str]
+    ) -> tuple[Configured, asyncio.Task[Configured] | None]:
+        """Return ``configured``, or the same without discovery where that fails or takes long, with what still asks."""
+        asking = asyncio.create_task(self.configured(name, variables=variables))
+        asking.add_done_callback(lambda done: done.cancelled() or done.exception())  # retrieved, whoever waits
+        await asyncio.wait({asking}, timeout=DISCOVERY_WAIT_SECONDS)
+        failure = asking.exception() if asking.done() else UpstreamTimeout("the discovery document does not come")
+        if not isinstance(failure, (ProviderUnavailable, UpstreamInvalid, UpstreamTimeout)):
+            return asking.result(), None
+        bare = await self._build(name, variables, discover=False)
+        if await self._database.read(lambda session: _moved_since_rebind(session, name)):
+            raise failure
+        return bare, asking
 
     def _still_holds(self, kept: _Kept) -> bool:
         """Return whether its discovered document, if it needs one, is the current one, or no newer can be had just now."""
         issuer = _issuer_of(kept.configured)
         known = self._discovered.get(issuer)
+        if kept.bare is not None and known is None and kept.bare.done():
+            return self._failed_lately(issuer) is not None
         return kept.discovery is known and (
             known is None or _is_fresh(known) or self._failed_lately(issuer) is not None
         )
@@ -293,11 +334,11 @@ class Integrations:
         return failed[1] if failed is not None and time.monotonic() - failed[0] < FAILED_SECONDS else None
 
     async def _templates(
-        self, provider: Provider, config: IntegrationConfig, variables: Mapping[str, str]
+        self, provider: Provider, config: IntegrationConfig, variables: Mapping[str, str], *, discover: bool
     ) -> Endpoints:
         discovered: Mapping[str, Any] = {}
         issuer = filled(config.issuer or "", variables)
-        if issuer and provider.oauth2 is not None and provider.oauth2.discovery:
+        if discover and issuer and provider.oauth2 is not None and provider.oauth2.discovery:
             discovered = await self._discover(issuer)
         return endpoint_templates(provider, config, discovered)
 
@@ -369,17 +410,41 @@ class Integrations:
 
         return await self._fetched(url, fetch)
 
-    async def client(self, configured: Configured, *, only: Collection[str] | None = None) -> Client:
-        """Return the OAuth client with its live secrets, newest first; with ``only``, just those of these ids."""
+    async def client(
+        self, configured: Configured, *, only: Collection[str] | None = None, first: str | None = None
+    ) -> Client:
+        """Return the OAuth client with its live secrets in the order in which they are tried.
+
+        That is newest first, but last what was refused lately. ``only``: just those of these ids. ``first``: in front of
+        them this one, which may be a candidate, unless it is gone.
+        """
         name = configured.row.name
 
         def work(session: Session) -> list[str]:
-            found = select(ClientSecret.id).where(ClientSecret.integration == name)
-            return list(session.exec(_newest_first(found)))
+            found = select(ClientSecret.id).where(ClientSecret.integration == name, ClientSecret.state == "live")
+            live = [one for one in session.exec(as_tried(found)) if (only is None or one in only) and one != first]
+            named = session.get(ClientSecret, first) if first is not None else None
+            return [named.id, *live] if named is not None and named.integration == name else live
 
-        live = [found for found in await self._database.read(work) if only is None or found in only]
-        secrets = [await self._client_secret(name, secret_id) for secret_id in live]
-        return Client(configured.row.client_id, tuple(secrets), configured.endpoints.client_auth)
+        ids = await self._database.read(work)
+        secrets = [await self._client_secret(name, secret_id) for secret_id in ids]
+        return Client(configured.row.client_id, tuple(secrets), configured.endpoints.client_auth, tuple(ids))
+
+    async def ask(
+        self,
+        oauth2: OAuth2,
+        client: Client,
+        requests: Sequence[Outgoing],
+        send: Callable[[Outgoing], Awaitable[Incoming]],
+    ) -> Heard:
+        """Send the requests of ``client.requests`` until one is not refused, and note which secrets were, behind the call.
+
+        What ``send`` raises passes.
+        """
+        heard = await first_not_refused(oauth2, requests, send)
+        taken = client.secret_ids[heard.refused : heard.refused + 1] if heard.taken else ()
+        self._secret_use.note(taken=taken, refused=client.secret_ids[: heard.refused])
+        return heard
 
     async def _client_secret(self, name: str, secret_id: str) -> Secret:
         try:
@@ -417,7 +482,7 @@ class Integrations:
             session.add(row)
             session.flush()
             created = _entry("integration.created", actor, draft.name, provider=provider.name)
-            self._audit.append(session, created, *self._live(session, draft.name, stored, actor))
+            self._audit.append(session, created, *self._added(session, stored, actor))
 
         try:
             await self._database.transaction(work)
@@ -515,9 +580,8 @@ class Integrations:
             moved = [name for name in ENDPOINT_FIELDS if before.get(name) != config.get(name)]
             fields = sorted([*changed, *(["config"] if config != before else [])])
             updated = _entry("integration.updated", actor, draft.name, fields=fields, endpoints_changed=moved)
-            added = self._live(session, draft.name, stored, actor)
-            self._audit.append(session, updated, *added)
-            return bool(added)
+            self._audit.append(session, updated, *self._added(session, stored, actor))
+            return _is_named(session, stored)
 
         await self._added_or_discarded(draft.name, stored, work)
         return await self.get(draft.name)
@@ -549,34 +613,38 @@ class Integrations:
 
     async def delete(self, name: str, actor: Principal | None) -> None:
         """Remove an integration that has no connections any more (Conflict otherwise) and its secrets."""
-        view = await self.get(name)
 
-        def work(session: Session) -> None:
+        def work(session: Session) -> list[str]:
             if session.get(Integration, name, with_for_update=True) is None:
                 raise NotFound
             held = session.exec(select(Connection.id).where(Connection.integration == name).limit(1)).first()
             if held is not None:
                 raise Conflict("the integration still has connections; delete or revoke them first")
+            held_secrets = list(session.exec(select(ClientSecret.id).where(ClientSecret.integration == name)))
+            for secret_id in held_secrets:
+                end_canary(session, secret_id, "failed", "deleted")
             for table in (ClientSecret, IntegrationLog):
                 session.execute(sa.delete(table).where(col(table.integration) == name))
             session.execute(sa.delete(Integration).where(col(Integration.name) == name))
             self._audit.append(session, _entry("integration.deleted", actor, name))
+            return held_secrets
 
-        await self._database.transaction(work)
-        for secret_id in view.secret_ids:
+        for secret_id in await self._database.transaction(work):
             await self._vault.destroy(secret_owner(name, secret_id))
 
-    # Client secrets: first into the vault, then the row that names it; a crash between leaves what nobody can reach
+    # Client secrets: first into the vault, then the row that names it; a crash between leaves what is swept a day later
 
     async def add_secret(
-        self, name: str, value: Secret, actor: Principal | None, *, source: str = "api"
+        self, name: str, value: Secret, actor: Principal | None, *, source: str = "api", canary: int | None = None
     ) -> ClientSecret:
         """Make a further client secret live, as the newest; return its row (NotFound, Conflict for too many).
 
-        One that is live already is not added again; its row is returned.
+        One that is there already is not added again: its row is returned, a candidate made live. With ``canary`` the new one
+        is a candidate instead, which nothing uses but the refreshes of so many connections; then it goes live, or away
+        (``broker.client_secrets``). Conflict while another candidate is being tried; InvalidRequest without a dialogue.
         """
         await self.get(name)
-        stored = await self._stored(name, value, source=source)
+        stored = await self._stored(name, value, source=source, state="live" if canary is None else "candidate")
 
         def work(session: Session) -> bool:
             row = session.get(Integration, name, with_for_update=True)
@@ -584,42 +652,59 @@ class Integrations:
                 raise NotFound
             if row.provider in self.catalog:
                 _require_usable(self.catalog[row.provider], row.config, value)
-            added = self._live(session, name, stored, actor)
-            self._audit.append(session, *added)
-            return bool(added)
+            if canary is not None and not self._has_dialogue(row):
+                raise InvalidRequest(errors=[FieldError("/canary", "needs a provider with an OAuth dialogue")])
+            self._audit.append(session, *self._added(session, stored, actor, canary=canary))
+            return _is_named(session, stored)
 
         await self._added_or_discarded(name, stored, work)
         digest = self._audit.digest(value.reveal())
         return next(row for row in await self.secrets(name) if row.value_digest == digest)
 
-    async def _stored(self, name: str, value: Secret | None, *, source: str = "api") -> ClientSecret | None:
+    def _has_dialogue(self, row: Integration) -> bool:
+        provider = self.catalog.get(row.provider)
+        return provider is not None and provider.oauth2 is not None
+
+    async def _stored(
+        self, name: str, value: Secret | None, *, source: str = "api", state: str = "live"
+    ) -> ClientSecret | None:
         """Put a client secret into the vault; return the row that will name it."""
         if value is None:
             return None
         secret_id = new_id("key")
         await self._vault.put(secret_owner(name, secret_id), {"client_secret": value.reveal()}, expected_version=0)
         digest = self._audit.digest(value.reveal())
-        return ClientSecret(id=secret_id, integration=name, source=source, value_digest=digest, created_at=0.0)
+        return ClientSecret(
+            id=secret_id, integration=name, source=source, value_digest=digest, state=state, created_at=0.0
+        )
 
-    def _live(
-        self, session: Session, name: str, stored: ClientSecret | None, actor: Principal | None
+    def _added(
+        self, session: Session, stored: ClientSecret | None, actor: Principal | None, *, canary: int | None = None
     ) -> tuple[Entry, ...]:
-        """Make a stored secret live unless it is already; return what the audit is to hold. The integration is locked."""
+        """Insert a stored secret unless it is there; return what the audit is to hold. The integration is locked."""
         if stored is None:
             return ()
+        name = stored.integration
         held = list(session.exec(select(ClientSecret).where(ClientSecret.integration == name)))
-        if any(row.value_digest == stored.value_digest for row in held):
-            return ()
+        same = next((row for row in held if row.value_digest == stored.value_digest), None)
+        if same is not None:
+            return _promoted(session, same, actor, "by_hand") if canary is None else ()
+        if canary is not None and any(row.state == "candidate" for row in held):
+            raise Conflict("another client secret is being tried; promote or delete it first")
         if len(held) >= MOST_SECRETS and stored.source == "api":
-            raise Conflict(f"there are {MOST_SECRETS} live client secrets; delete one first")
-        session.add(ClientSecret(**{**stored.model_dump(), "created_at": now(session)}))
+            raise Conflict(f"there are {MOST_SECRETS} client secrets; delete one first")
+        row = ClientSecret(**{**stored.model_dump(), "created_at": now(session)})
+        session.add(row)
         session.flush()
-        return (_entry("integration.secret_added", actor, name, secret_id=stored.id),)
+        more = {} if canary is None else {"canary": canary}
+        if canary is not None:
+            new_canary(session, row, canary, actor.caller_id if actor is not None else None)
+        return (_entry("integration.secret_added", actor, name, secret_id=row.id, **more),)
 
     async def _added_or_discarded(
         self, name: str, stored: ClientSecret | None, work: Callable[[Session], bool]
     ) -> None:
-        """Run a transaction that says whether it made ``stored`` live; what is certainly not live is destroyed."""
+        """Run a transaction that says whether a row names ``stored``; what certainly none does is destroyed."""
         try:
             added = await self._database.transaction(work)
         except (NotFound, InvalidRequest, Forbidden, Conflict):
@@ -634,27 +719,67 @@ class Integrations:
 
     async def secret_values(self, name: str) -> list[Secret]:
         """Return the live client secrets themselves, newest first, for a sealed export."""
-        return [await self._client_secret(name, row.id) for row in await self.secrets(name)]
+        return [await self._client_secret(name, row.id) for row in await self.secrets(name) if row.state == "live"]
 
     async def secrets(self, name: str) -> list[ClientSecret]:
-        """Return the live client secrets' rows, newest first (NotFound): ids and times, no values."""
+        """Return the client secrets' rows, live ones and a candidate, newest first (NotFound): no values."""
         await self.get(name)
         found = select(ClientSecret).where(ClientSecret.integration == name)
-        return await self._database.read(lambda session: list(session.exec(_newest_first(found))))
+        return await self._database.read(lambda session: list(session.exec(newest_first(found))))
+
+    async def canary(self, secret_id: str) -> Rotation | None:
+        """Return how the canary of a client secret stands or ended, None where there was none."""
+        return await self._database.read(lambda session: canary_of(session, secret_id))
+
+    async def promote_secret(
+        self, name: str, secret_id: str, actor: Principal | None, *, reason: str = "by_hand"
+    ) -> ClientSecret:
+        """Make a candidate live and end its canary; return its row (NotFound). One that is live is tried first again."""
+
+        def work(session: Session) -> ClientSecret:
+            row = _secret_of(session, name, secret_id)
+            self._audit.append(session, *_promoted(session, row, actor, reason))
+            return row
+
+        return await self._database.transaction(work)
 
     async def delete_secret(self, name: str, secret_id: str, actor: Principal | None) -> None:
-        """Take a client secret out of use and destroy it (NotFound)."""
+        """Take a client secret out of use and destroy it (NotFound); this ends its canary."""
 
         def work(session: Session) -> None:
-            row = session.get(ClientSecret, secret_id)
-            if row is None or row.integration != name:
-                raise NotFound
-            session.delete(row)
+            session.delete(_secret_of(session, name, secret_id))
+            end_canary(session, secret_id, "failed", "deleted")
             session.flush()
             self._audit.append(session, _entry("integration.secret_deleted", actor, name, secret_id=secret_id))
 
         await self._database.transaction(work)
         await self._vault.destroy(secret_owner(name, secret_id))
+
+    async def roll_back_secret(self, name: str, secret_id: str, *, reason: str) -> None:
+        """Remove a candidate whose canary failed, and destroy it. One that is live by now, or gone, is left alone."""
+
+        def work(session: Session) -> bool:
+            row = session.get(ClientSecret, secret_id, with_for_update=True)
+            if row is None or row.integration != name or row.state != "candidate":
+                return False
+            session.delete(row)
+            end_canary(session, secret_id, "failed", reason)
+            session.flush()
+            rolled_back = _entry("integration.secret_rolled_back", None, name, secret_id=secret_id, reason=reason)
+            self._audit.append(session, replace(rolled_back, outcome="failed"))
+            return True
+
+        if await self._database.transaction(work):
+            await self._vault.destroy(secret_owner(name, secret_id))
+
+    async def sweep_unreferenced(self, *, older_than_seconds: float = 86_400.0, at: float | None = None) -> int:
+        """Destroy client secrets that no row names, left by a crash between vault and row; return how many.
+
+        ``at``: the time to count from, by default the database's now.
+        """
+        return await client_secrets.sweep_unreferenced(
+            self._database, self._vault, older_than_seconds=older_than_seconds, at=at
+        )
 
     async def note_export(self, actor: Principal | None) -> None:
         """Record durably that all client secrets leave, sealed (AuditUnavailable: then they must not)."""
@@ -746,7 +871,7 @@ class Integrations:
         if endpoint_fields(view.row.config) == endpoint_fields(draft.config or {}):
             return True
         digest = self._audit.digest(draft.client_secret.reveal()) if draft.client_secret is not None else ""
-        return any(row.value_digest == digest for row in await self.secrets(draft.name))
+        return any(row.value_digest == digest for row in await self.secrets(draft.name) if row.state == "live")
 
     async def _create_once(self, draft: Draft, setting: str) -> None:
         try:
@@ -907,6 +1032,20 @@ def _require_unused(session: Session, draft: Draft, actor: Principal | None) -> 
         _require_admin_for_endpoints(actor, before={}, after=draft.config or {})
 
 
+def _moved_since_rebind(session: Session, name: str) -> bool:
+    """Whether endpoints of an integration were changed since its connections were pinned to them last."""
+    told = select(AuditRecord.action, AuditRecord.detail).where(
+        col(AuditRecord.action).in_(("integration.updated", "integration.rebound", "integration.created")),
+        sa.func.coalesce(AuditRecord.integration, "") == name,  # no index: the few of these actions are searched
+    )
+    for action, detail in session.exec(told.order_by(col(AuditRecord.number).desc())):
+        if action != "integration.updated":
+            return False
+        if detail.get("endpoints_changed"):
+            return True
+    return False
+
+
 def _require_admin_for_endpoints(
     actor: Principal | None, *, before: Mapping[str, Any], after: Mapping[str, Any]
 ) -> None:
@@ -941,8 +1080,26 @@ def _key_of(variables: Mapping[str, str]) -> str:
     return json.dumps(variables, sort_keys=True)
 
 
-def _newest_first(query: Any) -> Any:  # noqa: ANN401 - a select of rows or of ids
-    return query.order_by(col(ClientSecret.created_at).desc(), col(ClientSecret.id).desc())
+def _secret_of(session: Session, name: str, secret_id: str) -> ClientSecret:
+    row = session.get(ClientSecret, secret_id, with_for_update=True)
+    if row is None or row.integration != name:
+        raise NotFound
+    return row
+
+
+def _is_named(session: Session, stored: ClientSecret | None) -> bool:
+    return stored is not None and session.get(ClientSecret, stored.id) is not None
+
+
+def _promoted(session: Session, row: ClientSecret, actor: Principal | None, reason: str) -> tuple[Entry, ...]:
+    """Make a client secret live, if it is a candidate, and let it be tried in its turn; return what the audit is to hold."""
+    row.refused_at, was = None, row.state
+    row.state = "live"
+    session.flush()
+    if was == "live":
+        return ()
+    end_canary(session, row.id, "done", reason)
+    return (_entry("integration.secret_promoted", actor, row.integration, secret_id=row.id, reason=reason),)
 
 
 def _told(error: InvalidRequest) -> str:

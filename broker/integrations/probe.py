@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import secrets
 import time
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from broker.egress import Egress
 from broker.errors import BrokerError
 from broker.integrations import Configured, Integrations
-from broker.token_endpoint import TokenRefusal, exchange_request, new_verifier, parse_answer
+from broker.token_endpoint import Client, TokenRefusal, exchange_request, new_verifier, parse_answer
 from providers.spec import Secret
 
 
@@ -66,25 +67,42 @@ async def _client(integrations: Integrations, egress: Egress, configured: Config
             return _check(
                 "client", "the token endpoint has a variable that neither a default nor config.variables fills"
             )
-        request = exchange_request(
-            configured.oauth2,
-            token_url=configured.endpoints.urls["token_url"],
-            client=client,
-            secret=client.secrets[0] if client.secrets else None,
-            code=Secret(f"made-up-{secrets.token_hex(8)}"),
-            redirect_uri=integrations.redirect_uri(configured.row.name),
-            verifier=new_verifier(),
-            now=time.time(),
-        )
-        answer = await egress.send(request, timeout_seconds=configured.config.timeout_seconds)
+        proof = await proof_of(integrations, egress, configured, client.secrets[0] if client.secrets else None)
     except BrokerError as error:
         return _check("client", error.detail)
+    return _check("client", _SAID[proof])
+
+
+async def proof_of(
+    integrations: Integrations, egress: Egress, configured: Configured, secret: Secret | None
+) -> Literal["proved", "refused", "odd"]:
+    """Send a made-up code with this client secret to the token endpoint; return what the answer says of the secret.
+
+    ``proved``: the code was refused, not the client. Raises NotSent when the client cannot prove itself, and what a request
+    that found no answer raises. There has to be a token endpoint.
+    """
+    client = Client(configured.row.client_id, (secret,) if secret is not None else (), configured.endpoints.client_auth)
+    request = exchange_request(
+        configured.oauth2,
+        token_url=configured.endpoints.urls["token_url"],
+        client=client,
+        secret=secret,
+        code=Secret(f"made-up-{secrets.token_hex(8)}"),
+        redirect_uri=integrations.redirect_uri(configured.row.name),
+        verifier=new_verifier(),
+        now=time.time(),
+    )
+    answer = await egress.send(request, timeout_seconds=configured.config.timeout_seconds)
     parsed = parse_answer(configured.oauth2, answer, received_at=0.0)
-    if isinstance(parsed, TokenRefusal) and parsed.outcome == "permanent":
-        return _check("client", None)
-    if isinstance(parsed, TokenRefusal) and parsed.outcome == "client_refused":
-        return _check("client", "the provider refused the client id or secret")
-    return _check("client", "the token endpoint answered something else than a refusal of the made-up code")
+    outcome = parsed.outcome if isinstance(parsed, TokenRefusal) else "invalid"
+    return "proved" if outcome == "permanent" else "refused" if outcome == "client_refused" else "odd"
+
+
+_SAID: Mapping[str, str | None] = {
+    "proved": None,
+    "refused": "the provider refused the client id or secret",
+    "odd": "the token endpoint answered something else than a refusal of the made-up code",
+}
 
 
 def _check(name: str, problem: str | None) -> dict[str, Any]:

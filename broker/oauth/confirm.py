@@ -22,6 +22,7 @@ from sqlmodel import Session, col, select
 from broker import policy
 from broker.audit import Audit, Entry
 from broker.credentials import Claimed, Credentials, LeaseLost, require_lease, secret_owner
+from broker.credentials.freezes import active_freezes, hold, require_not_ending
 from broker.credentials.usable import renewal_home
 from broker.database import Database, now
 from broker.errors import (
@@ -38,7 +39,7 @@ from broker.errors import (
 from broker.models import Connection, Flow
 from broker.oauth.plan import planned_endpoints
 from broker.policy import Principal, Target
-from broker.sessions import live_session, same_digest
+from broker.sessions import Standing, live_session, same_digest
 from broker.vault import SecretNotFound, Vault
 
 REPEAT_SECONDS = 120.0
@@ -82,6 +83,14 @@ class Merged:
     subject: str
 
 
+class OtherType(Conflict):
+    """The account's connection has a credential of another type: to try again does not help."""
+
+    def __init__(self) -> None:
+        """Say what does."""
+        super().__init__("this account has a credential of another type, which would be lost; delete that first")
+
+
 class _Lost(Exception):
     """The conditional update found the flow confirmed, burnt, or claimed."""
 
@@ -89,8 +98,11 @@ class _Lost(Exception):
 class Confirmations:
     """Confirms, burns and sweeps pending connections. Methods may run at once on every replica."""
 
-    def __init__(self, database: Database, vault: Vault, credentials: Credentials, audit: Audit) -> None:
-        """Keep the parts."""
+    def __init__(
+        self, database: Database, vault: Vault, credentials: Credentials, audit: Audit, standing: Standing
+    ) -> None:
+        """Keep the parts; ``standing`` says what a caller may do now."""
+        self._standing = standing
         self._database = database
         self._vault = vault
         self._credentials = credentials
@@ -159,7 +171,7 @@ class Confirmations:
         session_id = flow.session_id
         if session_id is None or flow.subject is None:
             return None
-        live = await self._database.read(lambda session: live_session(session, session_id))
+        live = await self._database.read(lambda session: live_session(session, session_id, self._standing))
         if live is None or flow.integration not in (live[0].integrations or ()):
             return None  # who minted the session may no longer connect this
         try:
@@ -212,7 +224,7 @@ class Confirmations:
         """Set the subject and activate, in one transaction."""
 
         def work(session: Session) -> Connection:
-            at = now(session)
+            freezes, at = active_freezes(session), now(session)
             _win(session, flow.id, at, {**settled, "confirmed_at": at, "surviving_id": pending.id})
             row = session.get(Connection, pending.id)
             if row is None or row.status != "pending" or row.deleted_at is not None:
@@ -220,7 +232,8 @@ class Confirmations:
             row.status, row.subject, row.pending_until = "active", subject, None
             row.created_by = principal.caller_id if principal is not None else None
             session.flush()
-            self._audit.append(session, _entry("connection.confirmed", row, principal))
+            frozen = hold(session, row, freezes)
+            self._audit.append(session, _entry("connection.confirmed", row, principal), *frozen)
             return row
 
         return await self._database.transaction(work)
@@ -242,6 +255,7 @@ class Confirmations:
             async with self._credentials.holding(existing_id) as claimed:
                 _require_fit(pending, claimed.row, subject)
                 _merged_tags(flow, pending, claimed.row, principal)
+                await self._database.read(lambda session: require_not_ending(session, existing_id))
                 await self._require_only_one(pending, claimed.row)
                 await self._database.transaction(lambda session: _claim(session, flow.id))
                 async with self._claim_given_back(flow.id):
@@ -310,7 +324,7 @@ class Confirmations:
         """Write the survivor's row. The lease keeps other secrets out, not a freeze, new tags or a DELETE: judged anew."""
 
         def work(session: Session) -> Connection:
-            at = now(session)
+            freezes, at = active_freezes(session), now(session)
             require_lease(session, claimed.lease)
             _win(session, flow.id, at, {**settled, "confirmed_at": at, "surviving_id": claimed.row.id}, claimed=True)
             gone = session.execute(
@@ -331,7 +345,8 @@ class Confirmations:
             for name, value in changes.items():
                 setattr(row, name, value)
             session.flush()
-            self._audit.append(session, _entry("connection.confirmed", row, principal, merged=pending.id))
+            frozen = hold(session, row, freezes)
+            self._audit.append(session, _entry("connection.confirmed", row, principal, merged=pending.id), *frozen)
             return row
 
         return await self._database.transaction(work)
@@ -428,7 +443,7 @@ def _require_fit(pending: Connection, row: Connection, subject: str) -> None:
     if row.account_id not in {None, pending.account_id}:
         raise Conflict("the connection is another account's")
     if row.credential_type != pending.credential_type:
-        raise Conflict("this account has a credential of another type, which would be lost; delete that first")
+        raise OtherType
 
 
 def _merged_tags(flow: Flow, pending: Connection, row: Connection, principal: Principal | None) -> dict[str, str]:

@@ -19,7 +19,6 @@ from sqlmodel import Session, col
 
 from broker import policy
 from broker.audit import Audit, Entry
-from broker.callers import standing
 from broker.credentials import oauth_value, secret_owner
 from broker.database import Database, now
 from broker.egress import Egress
@@ -36,12 +35,12 @@ from broker.errors import (
 from broker.integrations import MOST_SECRETS, Configured, Integrations
 from broker.integrations.config import IntegrationConfig, contradictions, fits
 from broker.models import Connection, DeviceFlow, Flow, Integration, new_id
-from broker.oauth.confirm import Confirmations
+from broker.oauth.confirm import Confirmations, OtherType
 from broker.oauth.exchange import Exchange
 from broker.oauth.outcome import pending_connection
 from broker.oauth.plan import Start, new_flow
 from broker.policy import Principal, Target
-from broker.sessions import digest
+from broker.sessions import Standing, digest
 from broker.settings import Settings
 from broker.telemetry import Metrics
 from broker.token_endpoint import (
@@ -50,12 +49,11 @@ from broker.token_endpoint import (
     TokenRefusal,
     device_request,
     device_token_request,
-    first_not_refused,
     parse_answer,
     parse_device_answer,
 )
 from broker.vault import SecretUnreadable, Vault
-from broker.vault.keyring import Sealer
+from broker.vault.keyring import Seal, Sealer
 from providers.spec import Provider, Secret
 
 AT_ONCE = 200
@@ -119,8 +117,10 @@ class DeviceFlows:
         audit: Audit,
         settings: Settings,
         metrics: Metrics,
+        standing: Standing,
     ) -> None:
-        """Keep the parts."""
+        """Keep the parts; ``standing`` says what a caller may do now."""
+        self._standing = standing
         self._database = database
         self._vault = vault
         self._sealer = sealer
@@ -143,10 +143,11 @@ class DeviceFlows:
         configured, flow = await self._planned(wanted)
         answer = await self._codes(configured, flow)
         row = _device_row(flow, answer, principal)
-        row.sealed_device_code = self._sealed(row, answer.device_code)
 
-        def work(session: Session) -> None:
+        def work(session: Session, seal: Seal) -> None:
             at = now(session)
+            code = answer.device_code.reveal().encode()
+            row.sealed_device_code = seal(code, owner=row.id, purpose="device", version=1)
             expires_at = at + min(answer.lifetime_seconds, LONGEST_LIFE_SECONDS)
             flow.created_at = flow.consumed_at = at  # no callback can act on it
             flow.expires_at, row.expires_at = expires_at, expires_at
@@ -155,7 +156,7 @@ class DeviceFlows:
             session.flush()
             self._audit.append(session, _entry("device.started", row, principal.caller_id))
 
-        await self._database.transaction(work)
+        await self._sealer.write(self._database, work)
         return row
 
     async def get(self, device_id: str, principal: Principal) -> DeviceFlow:
@@ -186,12 +187,13 @@ class DeviceFlows:
         client = await self._integrations.client(configured)
         at = await self._database.read(now)
         oauth2, url = configured.oauth2, configured.endpoints.urls["device_url"]
-        requests = [
-            device_request(oauth2, device_url=url, client=client, secret=secret, scopes=flow.scopes, now=at)
-            for secret in client.secrets or (None,)
-        ]
-        answer = await first_not_refused(oauth2, requests, self._exchange.sender(configured))
-        parsed = parse_device_answer(oauth2, answer, received_at=at, development=self._settings.development)
+        requests = client.requests(
+            lambda secret: device_request(
+                oauth2, device_url=url, client=client, secret=secret, scopes=flow.scopes, now=at
+            )
+        )
+        heard = await self._integrations.ask(oauth2, client, requests, self._exchange.sender(configured))
+        parsed = parse_device_answer(oauth2, heard.answer, received_at=at, development=self._settings.development)
         if isinstance(parsed, DeviceAnswer):
             return parsed
         await self._note(flow.integration, f"a device flow was refused: {parsed.error}")
@@ -275,6 +277,8 @@ class DeviceFlows:
             await self._poll(row, flow)
         except FlowError as error:
             await self._end(row, flow, "failed", error.flow_code)
+        except OtherType:
+            await self._end(row, flow, "failed", "other_credential_type")
         except BrokerError as error:  # nobody answered, or our own database: back off (RFC 8628 3.5)
             log.warning("device.poll_failed", device_id=row.id, integration=row.integration, code=error.code)
             await self._wait(row, Pace(row.interval_seconds, row.failures + 1))
@@ -302,16 +306,14 @@ class DeviceFlows:
         client = await self._exchange.client(flow, configured)
         oauth2, url = configured.oauth2, configured.endpoints.urls["token_url"]
         code, at = await self._opened(row), await self._database.read(now)
-        requests = [
-            device_token_request(oauth2, token_url=url, client=client, secret=secret, device_code=code, now=at)
-            for secret in client.secrets or (None,)
-        ]
-        answer = await first_not_refused(oauth2, requests, self._exchange.sender(configured))
+        requests = client.requests(
+            lambda secret: device_token_request(
+                oauth2, token_url=url, client=client, secret=secret, device_code=code, now=at
+            )
+        )
+        heard = await self._integrations.ask(oauth2, client, requests, self._exchange.sender(configured))
         received_at = await self._database.read(now)
-        return parse_answer(oauth2, answer, received_at=received_at), received_at
-
-    def _sealed(self, row: DeviceFlow, code: Secret) -> bytes:
-        return self._sealer.seal(code.reveal().encode(), owner=row.id, purpose="device", version=1)
+        return parse_answer(oauth2, heard.answer, received_at=received_at), received_at
 
     async def _opened(self, row: DeviceFlow) -> Secret:
         try:
@@ -374,7 +376,7 @@ class DeviceFlows:
             lambda session: (
                 session.get(Flow, flow.id),
                 session.get(Connection, row.connection_id),
-                standing(session, row.created_by or ""),
+                self._standing(session, row.created_by or ""),
             )
         )
         if current is not None and current.confirmed_at is not None:

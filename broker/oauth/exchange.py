@@ -22,7 +22,6 @@ from broker.token_endpoint import (
     TokenAnswer,
     TokenRefusal,
     exchange_request,
-    first_not_refused,
     parse_answer,
 )
 from providers.spec import Account, Credential, Dialogue, Incoming, Outgoing, Secret
@@ -56,7 +55,7 @@ class Exchange:
         ``integration_disabled`` when none is left, or the integration was made anew for elsewhere.
         """
         planned = set(flow.plan.get("secret_ids", ()))
-        usable = {row.id for row in await self._integrations.secrets(flow.integration)}  # before today's endpoints are
+        usable = set((await self._integrations.get(flow.integration)).secret_ids)  # before today's endpoints are
         same_row = configured.row.created_at == flow.plan.get("integration_created_at")
         if not (same_row and usable == planned) and not await self._unmoved(flow, configured, learned or {}):
             usable &= planned
@@ -106,8 +105,8 @@ class Exchange:
         answer raises.
         """
         started, at = time.monotonic(), await self._database.read(now)
-        requests = [
-            exchange_request(
+        requests = client.requests(
+            lambda secret: exchange_request(
                 configured.oauth2,
                 token_url=configured.endpoints.urls["token_url"],
                 client=client,
@@ -117,14 +116,13 @@ class Exchange:
                 verifier=verifier,
                 now=at,
             )
-            for secret in client.secrets or (None,)
-        ]
+        )
         try:
-            answer = await first_not_refused(configured.oauth2, requests, self.sender(configured))
+            heard = await self._integrations.ask(configured.oauth2, client, requests, self.sender(configured))
         except UpstreamInvalid:
             raise FlowError("exchange_failed") from None
         received_at = await self._database.read(now)
-        parsed = parse_answer(configured.oauth2, answer, received_at=received_at)
+        parsed = parse_answer(configured.oauth2, heard.answer, received_at=received_at)
         await self._note(flow, parsed, started)
         if isinstance(parsed, TokenAnswer):
             return parsed, received_at

@@ -68,7 +68,7 @@ from broker.settings import Settings
 from broker.telemetry import Metrics
 from broker.token_endpoint import Client, TokenAnswer, authorize_url, challenge, new_verifier
 from broker.vault import SecretUnreadable, Vault
-from broker.vault.keyring import Sealer
+from broker.vault.keyring import Seal, Sealer
 from providers.spec import Account, Secret
 
 __all__ = [
@@ -220,8 +220,7 @@ class Flows:
         """Store a new flow with its sealed verifier and nonce; return where the browser goes."""
         state, verifier, nonce = secrets.token_urlsafe(32), new_verifier(), secrets.token_urlsafe(32)
         row.state_digest = digest(state)
-        sealed = json.dumps({"verifier": verifier.reveal(), "nonce": nonce}).encode()
-        row.sealed_verifier = self._sealer.seal(sealed, owner=row.id, purpose="verifier", version=1)
+        kept = json.dumps({"verifier": verifier.reveal(), "nonce": nonce}).encode()
         url = authorize_url(
             configured.oauth2,
             authorize_url=row.plan["authorize_url"],
@@ -233,16 +232,16 @@ class Flows:
             nonce=nonce if speaks_openid(configured, row.scopes) else None,
             extra=extra_params(row, configured),
         )
-        outcome = None if forget is None else self._sealed_outcome(forget, Outcome(url, again=True))
 
-        def work(session: Session) -> None:
+        def work(session: Session, seal: Seal) -> None:
             at = now(session)
             row.created_at, row.expires_at = at, at + FLOW_SECONDS
+            row.sealed_verifier = seal(kept, owner=row.id, purpose="verifier", version=1)
             session.add(row)
             if forget is not None:
-                session.execute(outcome_update(forget.id, outcome, at))
+                session.execute(outcome_update(forget.id, _sealed(seal, forget, Outcome(url, again=True)), at))
 
-        await self._database.transaction(work)
+        await self._sealer.write(self._database, work)
         return url
 
     # Callback
@@ -347,9 +346,6 @@ class Flows:
             pause_seconds = min(0.5, pause_seconds * 1.3)
         raise FlowError("provider_unavailable")
 
-    def _sealed_outcome(self, flow: Flow, outcome: Outcome) -> bytes:
-        return self._sealer.seal(outcome.packed(), owner=flow.id, purpose="outcome", version=1)
-
     async def _opened(self, flow: Flow, sealed: bytes | None, purpose: str) -> bytes:
         try:
             return await self._sealer.open_fresh(
@@ -360,14 +356,13 @@ class Flows:
 
     async def _keep_outcome(self, flow: Flow, outcome: Outcome, *, told: bool) -> None:
         """Keep what a duplicate gets. A failure that is not ``told`` is anybody's: logged, but no record in the chain."""
-        sealed = self._sealed_outcome(flow, outcome)
 
-        def work(session: Session) -> None:
-            session.execute(outcome_update(flow.id, sealed, now(session)))
+        def work(session: Session, seal: Seal) -> None:
+            session.execute(outcome_update(flow.id, _sealed(seal, flow, outcome), now(session)))
             if outcome.error is not None and told:
                 self._audit.append(session, _entry("flow.failed", flow, outcome="failed", error=outcome.error))
 
-        await self._database.transaction(work)
+        await self._sealer.write(self._database, work)
         if outcome.error is not None and not told:
             log.info("flow.refused", flow_id=flow.id, integration=flow.integration, error=outcome.error)
         elif outcome.error is not None:
@@ -447,6 +442,10 @@ class Flows:
         if survivor is not None:
             return connected_outcome(flow, survivor.id, None, pending.missing_scopes)
         return connected_outcome(flow, connection_id, code, pending.missing_scopes)
+
+
+def _sealed(seal: Seal, flow: Flow, outcome: Outcome) -> bytes:
+    return seal(outcome.packed(), owner=flow.id, purpose="outcome", version=1)
 
 
 def _signed(

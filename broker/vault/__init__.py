@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import sqlalchemy as sa
 
+from broker.errors import SecretStoreUnavailable
 from broker.settings import Settings, SettingsError
 
 if TYPE_CHECKING:
     from broker.database import Database
-    from broker.vault.keyring import Sealer
+    from broker.vault.hashicorp import Session
+    from broker.vault.keyring import Sealer, Wrapping
+    from broker.vault.moving import Store
 
 
 class VaultConflict(Exception):
@@ -66,10 +70,73 @@ class Vault(Protocol):
         """Return (owner, time of its newest version) below ``prefix``: for the sweeper and the doctor, not for hot paths."""
 
 
-async def open_vault(settings: Settings, database: Database, sealer: Sealer) -> Vault:
-    """Return the store that ``BROKER_VAULT`` names, ready for use (``SettingsError`` for one that is not known)."""
-    if settings.vault != "local":
-        raise SettingsError("BROKER_VAULT names a store that this version does not have")
-    from broker.vault.sealed_rows import SealedRows  # noqa: PLC0415 - only the chosen store is loaded; it imports us
+async def open_server(settings: Settings) -> Session | None:
+    """Return the session with HashiCorp Vault that store and Transit share, logged in; None where neither is used.
 
-    return SealedRows(database, sealer)
+    Close it last. A server that does not answer now is asked again by the first call; one that answers and does not let us in
+    is a ``SettingsError``.
+    """
+    if "hashicorp" not in {settings.vault, settings.vault_fallback} and settings.vault_transit_key is None:
+        return None
+    from broker.vault.hashicorp import new_session  # noqa: PLC0415 - it imports us; and only what is chosen is loaded
+
+    session = new_session(settings)
+    try:
+        await session.start()
+    except BaseException:
+        await session.aclose()
+        raise
+    return session
+
+
+async def open_wrapping(settings: Settings, server: Session | None) -> Wrapping:
+    """Return the key-encryption keys: Transit's where ``BROKER_VAULT_TRANSIT_KEY`` names one, else the keyring.
+
+    With both, Transit wraps what is new, and the keyring opens what it wrapped before. Raises ``SettingsError``, and
+    ``SecretStoreUnavailable`` when Transit cannot be asked: without it no data key opens.
+    """
+    from broker.vault.keyring import has_keyring, load_keyring  # noqa: PLC0415 - it imports us
+
+    if settings.vault_transit_key is None or server is None:
+        return load_keyring(settings)
+    from broker.vault.hashicorp import Transit, TransitBeforeKeyring  # noqa: PLC0415 - only what is chosen is loaded
+
+    transit = Transit(server, mount=settings.vault_transit_mount, key=settings.vault_transit_key)
+    await transit.reload()
+    return TransitBeforeKeyring(transit, load_keyring(settings)) if has_keyring(settings) else transit
+
+
+async def open_vault(settings: Settings, database: Database, sealer: Sealer, server: Session | None = None) -> Vault:
+    """Return the store that ``BROKER_VAULT`` names, with that of ``BROKER_VAULT_FALLBACK`` behind it, ready for use.
+
+    ``server``, and what is raised: see ``open_store``.
+    """
+    new = await open_store(settings, settings.vault, database, sealer, server)
+    if settings.vault_fallback is None:
+        return new
+    from broker.vault.moving import MovingVault  # noqa: PLC0415 - it imports us; and only what is chosen is loaded
+
+    return MovingVault(new, await open_store(settings, settings.vault_fallback, database, sealer, server))
+
+
+async def open_store(
+    settings: Settings, kind: str, database: Database, sealer: Sealer, server: Session | None
+) -> Store:
+    """Return the store of that kind.
+
+    ``server`` is what ``open_server`` gave; it stays the caller's to close. Raises ``SettingsError`` for a store that is not
+    known, has no server, or is not the right engine. A server that cannot be asked now is fine: every use asks again.
+    """
+    if kind == "local":
+        from broker.vault.sealed_rows import SealedRows  # noqa: PLC0415 - only the chosen store is loaded; it imports us
+
+        return SealedRows(database, sealer)
+    if kind != "hashicorp" or server is None:
+        raise SettingsError("BROKER_VAULT names a store that this version does not have, or that has no server")
+    from broker.vault.hashicorp import HashicorpVault  # noqa: PLC0415 - as above
+    from broker.vault.numbering import Numbered  # noqa: PLC0415 - as above
+
+    vault = HashicorpVault(server, mount=settings.vault_mount, prefix=settings.vault_prefix)
+    with contextlib.suppress(SecretStoreUnavailable):
+        await vault.check()
+    return Numbered(vault)

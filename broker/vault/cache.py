@@ -93,6 +93,11 @@ class CachedVault:
         self._destroyed += 1
         self._opened.pop(owner, None)
 
+    def clear(self) -> None:
+        """Drop everything at once; reads that are under way keep nothing of what they find."""
+        self._destroyed += 1
+        self._opened.clear()
+
     def forget(self, owner: str, version: int) -> None:
         """Drop one entry at once."""
         known = self._opened.get(owner)

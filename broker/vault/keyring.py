@@ -2,9 +2,13 @@
 
 Three rings, each opened by the one outside it::
 
-    key-encryption keys   from the operator (keyring), never in the database
-      └── data keys       random, in table ``data_keys``, wrapped by the newest key-encryption key
-            └── values    envelopes in ``sealed_*`` columns
+    key-encryption keys   from the operator (keyring, or a ``Wrapping`` elsewhere), never in the database
+      └── data keys       random, in table ``data_keys``, wrapped by a key-encryption key
+            └── values    envelopes in ``sealed_*`` columns (``broker.vault.sealed_places``)
+
+Every key can be replaced while the broker runs. A data key is next, then current, then previous, and in the end retired
+and shredded; what is written is under a live one, which ``Sealer.write`` has looked up in the same transaction
+(``broker.vault.floor``).
 
 A key is never used for two things: what wraps, seals, checks or authenticates is derived from it by HKDF-SHA256 (RFC 5869).
 An envelope is ``format (1) | length of key id (1) | key id | version (8) | nonce (12) | ciphertext | tag (16)``; the
@@ -27,6 +31,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 import sqlalchemy as sa
 from cryptography.exceptions import InvalidTag
@@ -36,9 +41,11 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from sqlmodel import Session, select
 
 from broker.database import Database, now
+from broker.errors import SecretStoreUnavailable
 from broker.models import DataKey, KeyCheck, new_id
 from broker.settings import Settings, SettingsError
 from broker.vault import SecretUnreadable
+from broker.vault.floor import KeyRetired, require_live_key, require_live_wrapping_key
 
 FORMAT = 1
 KEY_BYTES = 32
@@ -50,6 +57,51 @@ DATA_KEYS_LOCK = 0x4B455953  # "KEYS": one process at a time makes the first dat
 DEVELOPMENT_FILE = "keyring"
 EITHER = "BROKER_KEYRING or BROKER_KEYRING_FILE"
 _ENTRY = re.compile(r"([a-z0-9-]{1,32}):([A-Za-z0-9+/]{43}=)")
+T = TypeVar("T")
+
+
+class Wrapping(Protocol):
+    """Key-encryption keys, wherever they are: what wraps and unwraps data keys. Calls may run at once.
+
+    An id names one key for ever.
+    """
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """Every key that can unwrap, newest first, as of the start or the last ``reload``."""
+
+    @property
+    def newest_id(self) -> str:
+        """The key that wraps what is new."""
+
+    def check_value(self, key_id: str) -> str | None:
+        """Return what the database keeps, to tell another key under the same id; None for an id that is not here.
+
+        ``""`` where there is one place for the key, so that no replica can have another.
+        """
+
+    async def wrap(self, data_key_id: str, data_key: bytes) -> tuple[str, bytes]:
+        """Return (key id, wrapped) by the newest key, bound to both ids. Raises ``SecretStoreUnavailable``."""
+
+    async def unwrap(self, wrapped_by: str, data_key_id: str, wrapped: bytes) -> bytes:
+        """Return the data key.
+
+        Raises ``SecretUnreadable`` unless it was wrapped by exactly this key, which is here, for exactly this id, and
+        ``SecretStoreUnavailable`` when that cannot be found out now.
+        """
+
+    async def reload(self) -> bool:
+        """Look which keys there are by now; return whether anything changed.
+
+        Raises ``SettingsError`` or ``SecretStoreUnavailable``: then nothing changes.
+        """
+
+
+class Seal(Protocol):
+    """Seals bytes as ``Sealer.seal`` does, under one data key that was live when it was given."""
+
+    def __call__(self, plaintext: bytes, *, owner: str, purpose: str, version: int) -> bytes:
+        """Return an envelope."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -61,7 +113,7 @@ class KeyEncryptionKey:
 
 
 class Keyring:
-    """The operator's keys, newest first. ``repr`` shows ids only. Reading is safe while ``reload`` runs."""
+    """The operator's keys, newest first: a ``Wrapping``. ``repr`` shows ids only. Reading is safe while ``reload`` runs."""
 
     __slots__ = ("_keys", "_read_again")
 
@@ -84,19 +136,41 @@ class Keyring:
         """Every key id, newest first."""
         return tuple(self._keys)
 
+    @property
+    def newest_id(self) -> str:
+        """See ``Wrapping``."""
+        return self.newest.id
+
     def get(self, key_id: str) -> KeyEncryptionKey | None:
         """Return the key of that id, None when the keyring lacks it."""
         return self._keys.get(key_id)
 
-    def reload(self) -> bool:
-        """Read the file again and take its keys and their order; return whether anything changed.
+    def check_value(self, key_id: str) -> str | None:
+        """See ``Wrapping``."""
+        key = self.get(key_id)
+        return None if key is None else check_value(key)
+
+    async def wrap(self, data_key_id: str, data_key: bytes) -> tuple[str, bytes]:
+        """See ``Wrapping``. Nothing is awaited."""
+        key = self.newest
+        return key.id, wrap_data_key(key, data_key_id, data_key)
+
+    async def unwrap(self, wrapped_by: str, data_key_id: str, wrapped: bytes) -> bytes:
+        """See ``Wrapping``. Nothing is awaited."""
+        key = self.get(wrapped_by)
+        if key is None:
+            raise SecretUnreadable("the data key does not open")
+        return unwrap_data_key(key, data_key_id, wrapped)
+
+    async def reload(self) -> bool:
+        """Read the file again, on a thread, and take its keys and their order; return whether anything changed.
 
         Raises ``SettingsError`` when the file is refused or has another key under a known id: then nothing changes.
-        Blocks for a file read. A keyring from ``BROKER_KEYRING`` cannot change: False.
+        A keyring from ``BROKER_KEYRING`` cannot change: False.
         """
         if self._read_again is None:
             return False
-        keys = {key.id: key for key in self._read_again()}
+        keys = {key.id: key for key in await asyncio.to_thread(self._read_again)}
         for key_id in keys.keys() & self._keys.keys():
             if not hmac.compare_digest(keys[key_id].key, self._keys[key_id].key):
                 raise SettingsError(f"BROKER_KEYRING_FILE: the key {key_id} changed; give a new key a new id")
@@ -155,6 +229,12 @@ def load_keyring(settings: Settings) -> Keyring:
         _make_keyring_file(path)
     read = partial(_read_keys, path, strict=not settings.development)
     return Keyring(read(), read)
+
+
+def has_keyring(settings: Settings) -> bool:
+    """Return whether there is a keyring, be it one that was made in development; nothing is made."""
+    made = settings.development and (settings.data_dir / DEVELOPMENT_FILE).exists()
+    return made or settings.keyring is not None or settings.keyring_file is not None
 
 
 def _make_keyring_file(path: Path) -> None:
@@ -245,18 +325,18 @@ class _OpenedKey:
 
 
 class Sealer:
-    """Seals and opens bytes under the data keys. Calls may run at once, also from several threads; nothing is awaited.
+    """Seals and opens bytes under the data keys. Calls may run at once, also from several threads.
 
     ``repr`` shows key ids only. Made by ``open_sealer``.
     """
 
-    __slots__ = ("_current", "_keyring", "_keys")
+    __slots__ = ("_current", "_keys", "_wrapping")
 
-    def __init__(self, keyring: Keyring, data_keys: Mapping[str, bytes], current_key_id: str) -> None:
+    def __init__(self, wrapping: Wrapping, data_keys: Mapping[str, bytes], current_key_id: str) -> None:
         """Keep opened data keys by id; ``current_key_id`` (one of them, else ValueError) seals what is new."""
         if current_key_id not in data_keys:
             raise ValueError("the current data key is not among the opened ones")
-        self._keyring = keyring
+        self._wrapping = wrapping
         self._keys = {key_id: _opened(root) for key_id, root in data_keys.items()}
         self._current = current_key_id
 
@@ -265,14 +345,44 @@ class Sealer:
         """The data key that seals what is new."""
         return self._current
 
+    @property
+    def key_ids(self) -> tuple[str, ...]:
+        """Every data key that is loaded here."""
+        return tuple(self._keys)
+
     def seal(self, plaintext: bytes, *, owner: str, purpose: str, version: int) -> bytes:
-        """Return an envelope that opens for exactly this owner, purpose and version (0 to 2^63-1, else ValueError)."""
+        """Return an envelope that opens for exactly this owner, purpose and version (0 to 2^63-1, else ValueError).
+
+        Whoever writes it to a row asks ``require_live_key`` in the same transaction; ``write`` does both. Raises
+        ``SecretStoreUnavailable`` when the current key was retired and its successor could not be loaded.
+        """
+        return self._sealed(self._current, plaintext, owner=owner, purpose=purpose, version=version)
+
+    def _sealed(self, key_id: str, plaintext: bytes, *, owner: str, purpose: str, version: int) -> bytes:
         if not 0 <= version < 1 << 63:
             raise ValueError("a version is between 0 and 2^63-1")
-        key_id = self._current
+        key = self._keys.get(key_id)
+        if key is None:
+            raise SecretStoreUnavailable("the current data key is not loaded here")
         nonce = os.urandom(NONCE_BYTES)
         bound = _bound(owner, purpose, version, key_id)
-        return _header(key_id, version) + nonce + self._keys[key_id].cipher.encrypt(nonce, plaintext, bound)
+        return _header(key_id, version) + nonce + key.cipher.encrypt(nonce, plaintext, bound)
+
+    async def write(self, database: Database, work: Callable[[Session, Seal], T]) -> T:
+        """Run ``work`` in one transaction; what it seals with the function that it is given is under a live data key.
+
+        Where this process did not know that its current key was retired, it loads the new one and begins once more, before
+        ``work`` has begun. Raises ``KeyRetired`` when there is none, and what ``Database.transaction`` and ``refresh`` raise.
+        """
+        with contextlib.suppress(KeyRetired):
+            return await database.transaction(partial(self._above_the_floor, work))
+        await self.refresh(database)
+        return await database.transaction(partial(self._above_the_floor, work))
+
+    def _above_the_floor(self, work: Callable[[Session, Seal], T], session: Session) -> T:
+        key_id = self._current
+        require_live_key(session, key_id)
+        return work(session, partial(self._sealed, key_id))
 
     def open(self, sealed: bytes, *, owner: str, purpose: str, version: int) -> bytes:
         """Return the plaintext; ``SecretUnreadable``, in one shape whatever is wrong, and never another exception.
@@ -291,7 +401,7 @@ class Sealer:
     async def open_fresh(self, database: Database, sealed: bytes, *, owner: str, purpose: str, version: int) -> bytes:
         """Do what ``open`` does, after one ``refresh`` when the envelope names a data key that is not loaded here.
 
-        Raises ``SecretUnreadable``, or ``DatabaseUnavailable`` when the refresh was needed and failed.
+        Raises ``SecretUnreadable``, and what ``refresh`` raises when it was needed and failed.
         """
         if not self.knows(sealed):
             await self.refresh(database)
@@ -320,23 +430,40 @@ class Sealer:
         return derive_key(key.root, purpose)
 
     async def refresh(self, database: Database) -> None:
-        """Load data keys that other replicas made since, and which one is current; read the keyring again if need be.
+        """Load data keys that other replicas made since, see which one is current, and drop what was retired.
 
-        A data key that does not unwrap is left out: what it sealed stays unreadable, everything else goes on. Raises
-        ``DatabaseUnavailable``; known keys stay usable then. May run at once with every other call.
+        Key-encryption keys are looked for anew if need be. A data key that does not unwrap is left out: what it sealed stays
+        unreadable, everything else goes on. What was retired does not open here from now on. May run at once with every
+        other call. Raises ``DatabaseUnavailable``, and ``SecretStoreUnavailable`` when a data key could not be asked for:
+        after everything else was done; the keys known stay usable.
         """
         rows = await database.read(_data_key_rows)
-        fresh = [row for row in rows if row.id not in self._keys]
-        if any(self._keyring.get(row.wrapped_by) is None for row in fresh):
-            with contextlib.suppress(SettingsError):  # a broken file must not take away the keys that we have
-                await asyncio.to_thread(self._keyring.reload)
+        live = [row for row in rows if row.retired_at is None]
+        fresh = [row for row in live if row.id not in self._keys]
+        failure = await self._look_for_keys(fresh)
+        found: dict[str, _OpenedKey] = {}
         for row in fresh:
-            key = self._keyring.get(row.wrapped_by)
-            if key is not None:
+            try:
                 with contextlib.suppress(SecretUnreadable):
-                    self._keys = {**self._keys, row.id: _opened(unwrap_data_key(key, row.id, row.wrapped))}
-        current = _current_id(row for row in rows if row.id in self._keys)
-        self._current = current or self._current
+                    found[row.id] = _opened(await self._wrapping.unwrap(row.wrapped_by, row.id, row.wrapped))
+            except SecretStoreUnavailable as error:
+                failure = error
+        retired = {row.id for row in rows} - {row.id for row in live}
+        keys = {key_id: key for key_id, key in {**self._keys, **found}.items() if key_id not in retired}
+        self._keys, self._current = keys, _current_id(row for row in live if row.id in keys) or self._current
+        if failure is not None:
+            raise failure
+
+    async def _look_for_keys(self, fresh: Iterable[DataKey]) -> SecretStoreUnavailable | None:
+        """Reload the key-encryption keys where one that wraps a fresh data key is not known; return what failed."""
+        known = set(self._wrapping.ids)
+        try:
+            if any(row.wrapped_by not in known for row in fresh):
+                with contextlib.suppress(SettingsError):  # a broken file must not take away the keys that we have
+                    await self._wrapping.reload()
+        except SecretStoreUnavailable as error:
+            return error
+        return None
 
     def __repr__(self) -> str:
         return f"Sealer(current={self._current}, keys={len(self._keys)})"
@@ -361,8 +488,18 @@ def _bound(owner: str, purpose: str, version: int, key_id: str) -> bytes:
 
 
 def _header(key_id: str, version: int) -> bytes:
+    return envelope_prefix(key_id) + version.to_bytes(VERSION_BYTES, "big")
+
+
+def envelope_prefix(key_id: str) -> bytes:
+    """Return what every envelope under this data key begins with, and no other."""
     name = _encoded(key_id)
-    return bytes([FORMAT, len(name)]) + name + version.to_bytes(VERSION_BYTES, "big")
+    return bytes([FORMAT, len(name)]) + name
+
+
+def sealed_version(sealed: bytes) -> int:
+    """Return the version that an envelope names, unverified; ``SecretUnreadable`` when it is no envelope."""
+    return _parsed(sealed)[1]
 
 
 def _parsed(sealed: bytes) -> tuple[str, int, bytes, bytes]:
@@ -380,72 +517,108 @@ def _parsed(sealed: bytes) -> tuple[str, int, bytes, bytes]:
     return key_id, version, sealed[nonce_at:ciphertext_at], sealed[ciphertext_at:]
 
 
-async def open_sealer(database: Database, keyring: Keyring) -> Sealer:
-    """Check the keyring against the database, make the first data key if there is none, and open all of them.
+async def open_sealer(database: Database, wrapping: Wrapping) -> Sealer:
+    """Check the key-encryption keys against the database, make the first data key if there is none, and open all of them.
 
     Raises ``SettingsError`` with the key id when the keyring lacks a key that wraps a data key or has another one under its
-    id, or when a data key is damaged; then nothing was written. Keys that nothing uses are fine. Processes that start at
-    once end with the same current data key. Raises ``DatabaseUnavailable``.
+    id, when a data key is damaged, or when one would have to be wrapped by a key that was retired; then nothing was written.
+    Keys that nothing uses are fine. Processes that start at once end with the same current data key. Raises
+    ``DatabaseUnavailable``, and ``SecretStoreUnavailable`` when the keys are elsewhere and cannot be asked for.
     """
-    data_keys, current = await database.transaction(lambda session: _ready_data_keys(session, keyring))
-    return Sealer(keyring, data_keys, current)
+    while True:
+        rows, known_checks = await database.read(_known)
+        _refuse_lacking(wrapping, rows)
+        _refuse_wrong_keys(wrapping, known_checks)
+        data_keys = {row.id: await _unwrapped(wrapping, row) for row in rows}
+        current, made = _current_id(rows), None
+        if current is None:
+            made, root = await new_data_key(wrapping)
+            current, data_keys[made.id] = made.id, root
+        in_use = {row.wrapped_by for row in (*rows, *filter(None, (made,)))}
+        checks = _new_checks(wrapping, in_use, known_checks)
+        if await _recorded(database, made, checks):
+            return Sealer(wrapping, data_keys, current)
 
 
-def _ready_data_keys(session: Session, keyring: Keyring) -> tuple[dict[str, bytes], str]:
-    if session.get_bind().dialect.name == "postgresql":  # SQLite's write transactions run one at a time anyway
-        session.execute(sa.text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": DATA_KEYS_LOCK})
-    rows = _data_key_rows(session)
-    known_checks = {row.key_id: row.check_value for row in session.exec(select(KeyCheck))}
-    in_use = _wrapping_keys(keyring, rows)
-    _refuse_wrong_keys(keyring, known_checks)
-    data_keys = {row.id: _unwrapped(in_use[row.wrapped_by], row) for row in rows}
-    current = _current_id(rows)
-    if current is None:
-        current, data_keys[current] = _make_data_key(session, keyring.newest)
-    for key_id, key in {**in_use, keyring.newest.id: keyring.newest}.items():
-        if key_id not in known_checks:
-            session.add(KeyCheck(key_id=key_id, check_value=check_value(key), created_at=now(session)))
-    return data_keys, current
+async def new_data_key(wrapping: Wrapping) -> tuple[DataKey, bytes]:
+    """Return a random data key as a row that is not in the database yet, and as bytes: a next one, without times.
+
+    Who inserts it asks ``require_live_wrapping_key`` in the same transaction. Raises ``SecretStoreUnavailable``.
+    """
+    data_key_id, data_key = new_id("dk"), secrets.token_bytes(KEY_BYTES)
+    wrapped_by, wrapped = await wrapping.wrap(data_key_id, data_key)
+    return DataKey(id=data_key_id, wrapped_by=wrapped_by, wrapped=wrapped, current=False), data_key
 
 
 def _data_key_rows(session: Session) -> list[DataKey]:
     return list(session.exec(select(DataKey)))
 
 
+def _known(session: Session) -> tuple[list[DataKey], dict[str, str]]:
+    """Return the data keys that were not retired, and the check values by key-encryption key."""
+    rows = [row for row in _data_key_rows(session) if row.retired_at is None]
+    return rows, {row.key_id: row.check_value for row in session.exec(select(KeyCheck))}
+
+
 def _current_id(rows: Iterable[DataKey]) -> str | None:
-    """Return the newest data key that is marked as current; equal times are decided by the id, the same everywhere."""
-    marked = [(row.created_at, row.id) for row in rows if row.current]
+    """Return the data key that became current last; equal times are decided by the id, the same everywhere."""
+    marked = [(row.activated_at or row.created_at, row.id) for row in rows if row.current]
     return max(marked)[1] if marked else None
 
 
-def _wrapping_keys(keyring: Keyring, rows: Iterable[DataKey]) -> dict[str, KeyEncryptionKey]:
-    """Return the keys that wrap these data keys; ``SettingsError`` when the keyring lacks one."""
-    found = {row.wrapped_by: keyring.get(row.wrapped_by) for row in rows}
-    lacking = sorted(key_id for key_id, key in found.items() if key is None)
+def _refuse_lacking(wrapping: Wrapping, rows: Iterable[DataKey]) -> None:
+    lacking = sorted({row.wrapped_by for row in rows} - set(wrapping.ids))
     if lacking:
         raise SettingsError(f"{EITHER} lacks the key {', '.join(lacking)}, which wraps data keys of the database")
-    return {key_id: key for key_id, key in found.items() if key is not None}
 
 
-def _refuse_wrong_keys(keyring: Keyring, known_checks: Mapping[str, str]) -> None:
+def _refuse_wrong_keys(wrapping: Wrapping, known_checks: Mapping[str, str]) -> None:
     for key_id, known in known_checks.items():
-        key = keyring.get(key_id)
-        if key is not None and not hmac.compare_digest(check_value(key).encode(), known.encode()):
+        here = wrapping.check_value(key_id)
+        if here is not None and not hmac.compare_digest(here.encode(), known.encode()):
             raise SettingsError(f"{EITHER}: the key {key_id} is not the one that the database knows by this id")
 
 
-def _unwrapped(key: KeyEncryptionKey, row: DataKey) -> bytes:
+async def _unwrapped(wrapping: Wrapping, row: DataKey) -> bytes:
     try:
-        return unwrap_data_key(key, row.id, row.wrapped)
+        return await wrapping.unwrap(row.wrapped_by, row.id, row.wrapped)
     except SecretUnreadable:
         raise SettingsError(
-            f"{EITHER}: the data key {row.id} does not open with the key {key.id}: "
+            f"{EITHER}: the data key {row.id} does not open with the key {row.wrapped_by}: "
             "that key is another one, or the row is damaged"
         ) from None
 
 
-def _make_data_key(session: Session, key: KeyEncryptionKey) -> tuple[str, bytes]:
-    data_key_id, data_key = new_id("dk"), secrets.token_bytes(KEY_BYTES)
-    wrapped = wrap_data_key(key, data_key_id, data_key)
-    session.add(DataKey(id=data_key_id, wrapped_by=key.id, wrapped=wrapped, current=True, created_at=now(session)))
-    return data_key_id, data_key
+def _new_checks(wrapping: Wrapping, in_use: Iterable[str], known_checks: Mapping[str, str]) -> dict[str, str]:
+    """Return the check values that the database lacks: of the keys in use, and of the newest."""
+    wanted = {*in_use, wrapping.newest_id} - known_checks.keys()
+    return {key_id: wrapping.check_value(key_id) or "" for key_id in wanted}
+
+
+async def _recorded(database: Database, made: DataKey | None, checks: Mapping[str, str]) -> bool:
+    """Write what a start found missing; False when another process was first with any of it: then all is read again."""
+    if made is None and not checks:
+        return True
+    return await database.transaction(partial(_record, made, checks))
+
+
+def _record(made: DataKey | None, checks: Mapping[str, str], session: Session) -> bool:
+    if session.get_bind().dialect.name == "postgresql":  # SQLite's write transactions run one at a time anyway
+        session.execute(sa.text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": DATA_KEYS_LOCK})
+    rows, known_checks = _known(session)
+    if checks.keys() & known_checks.keys() or (made is not None and _current_id(rows) is not None):
+        return False
+    at = now(session)
+    if made is not None:
+        _refuse_retired(session, made.wrapped_by)
+        made.current, made.created_at, made.activated_at = True, at, at
+        session.add(made)
+    session.add_all(KeyCheck(key_id=key_id, check_value=value, created_at=at) for key_id, value in checks.items())
+    return True
+
+
+def _refuse_retired(session: Session, key_id: str) -> None:
+    try:
+        require_live_wrapping_key(session, key_id)
+    except KeyRetired:
+        raise SettingsError(f"{EITHER}: the newest key {key_id} was retired; put a newer one in front of it") from None

@@ -17,7 +17,7 @@ from broker.database import Database, batched, now
 from broker.errors import DatabaseUnavailable, SecretStoreUnavailable
 from broker.models import SealedSecret
 from broker.vault import SecretNotFound, SecretUnreadable, VaultConflict
-from broker.vault.keyring import Sealer
+from broker.vault.keyring import Seal, Sealer
 
 PURPOSE = "secret"
 KEPT_VERSIONS = 3
@@ -43,20 +43,25 @@ class SealedRows:
     async def put(self, owner: str, value: Mapping[str, Any], *, expected_version: int) -> int:
         """See ``Vault``. Writing and dropping versions that are too old is one transaction.
 
-        Raises ValueError or TypeError, before anything is written, for what is no JSON (NaN and infinities too).
+        Raises ValueError or TypeError, before anything is written, for what is no JSON (NaN and infinities too). A data key
+        that was replaced meanwhile is loaded on the way.
         """
-        row = self._sealed_row(owner, value, expected_version + 1)
-        with _store_errors():
-            try:
-                await self.database.transaction(lambda session: _append(session, row, expected_version))
-            except IntegrityError:  # somebody who took no lock was first: the primary key decides
-                raise VaultConflict(await self.database.read(lambda session: _newest(session, owner))) from None
+        await self.put_as(owner, value, expected_version=expected_version, version=expected_version + 1)
         return expected_version + 1
 
-    def _sealed_row(self, owner: str, value: Mapping[str, Any], version: int) -> dict[str, Any]:
+    async def put_as(self, owner: str, value: Mapping[str, Any], *, expected_version: int, version: int) -> None:
+        """See ``moving.Store``; otherwise as ``put``."""
         plaintext = json.dumps(dict(value), sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
-        sealed = self.sealer.seal(plaintext, owner=owner, purpose=PURPOSE, version=version)
-        return {"owner": owner, "version": version, "key_id": self.sealer.key_id_of(sealed), "sealed": sealed}
+
+        def work(session: Session, seal: Seal) -> None:
+            sealed = seal(plaintext, owner=owner, purpose=PURPOSE, version=version)
+            _append(session, owner, sealed, expected_version, version)
+
+        with _store_errors():
+            try:
+                await self.sealer.write(self.database, work)
+            except IntegrityError:  # somebody who took no lock was first: the primary key decides
+                raise VaultConflict(await self.database.read(lambda session: _newest(session, owner))) from None
 
     def ahead(self, connection: sa.Connection, wanted: Sequence[tuple[str, int]]) -> Sequence[bytes | None]:
         """See ``Vault``. All versions of an owner are read: there are three at most. What fails is left to ``get`` to tell."""
@@ -127,17 +132,15 @@ def _newest(session: Session, owner: str) -> int:
     return session.execute(newest).scalar() or 0
 
 
-def _append(session: Session, row: Mapping[str, Any], expected_version: int) -> None:
-    _lock(session, row["owner"])
-    current = _newest(session, row["owner"])
+def _append(session: Session, owner: str, sealed: bytes, expected_version: int, version: int) -> None:
+    _lock(session, owner)
+    current = _newest(session, owner)
     if current != expected_version:
         raise VaultConflict(current)
+    row = {"owner": owner, "version": version, "key_id": Sealer.key_id_of(sealed), "sealed": sealed}
     session.execute(sa.insert(SealedSecret).values(**row, created_at=now(session)))
-    session.execute(
-        sa.delete(SealedSecret).where(
-            col(SealedSecret.owner) == row["owner"], col(SealedSecret.version) <= row["version"] - KEPT_VERSIONS
-        )
-    )
+    too_old = col(SealedSecret.version) <= version - KEPT_VERSIONS
+    session.execute(sa.delete(SealedSecret).where(col(SealedSecret.owner) == owner, too_old))
 
 
 _ROWS = cast("sa.Table", SealedSecret.__table__)  # type: ignore[attr-defined]

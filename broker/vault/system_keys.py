@@ -14,6 +14,7 @@ from broker.database import Database, now
 from broker.errors import SecretStoreUnavailable
 from broker.models import SystemKey, new_id
 from broker.vault import SecretUnreadable
+from broker.vault.floor import require_live_key
 from broker.vault.keyring import KEY_BYTES, Sealer
 
 
@@ -39,7 +40,7 @@ class SystemKeys:
         """``id_of`` names a new key by its bytes; by default a random ``key_…`` names it."""
         self._database = database
         self._sealer = sealer
-        self._purpose = purpose
+        self.purpose = purpose
         self._id_of = id_of or (lambda _: new_id("key"))
         self._by_id: Mapping[str, RootKey] = {}
 
@@ -49,7 +50,7 @@ class SystemKeys:
         for key in self._by_id.values():
             if key.state == "current":
                 return key
-        raise SecretStoreUnavailable(f"the {self._purpose} key does not open")
+        raise SecretStoreUnavailable(f"the {self.purpose} key does not open")
 
     @property
     def all(self) -> Sequence[RootKey]:
@@ -68,8 +69,9 @@ class SystemKeys:
         rows = await self._database.read(self._rows)
         if not any(row.state == "current" for row in rows):
             with contextlib.suppress(IntegrityError):  # another process was first: the index allows one current key
-                row = self.new_row("current")
-                await self._database.transaction(lambda session: _insert(session, row))
+                await self._sealer.write(
+                    self._database, lambda session, _: insert_key(session, self.new_row("current"))
+                )
         await self.refresh()
 
     async def refresh(self) -> None:
@@ -81,20 +83,20 @@ class SystemKeys:
         self._by_id = {key.id: key for key in opened}
 
     def new_row(self, state: str) -> SystemKey:
-        """Return a fresh key, sealed, that is not in the database yet and has no times."""
+        """Return a fresh key, sealed, that is not in the database yet and has no times; ``insert_key`` writes it."""
         root = secrets.token_bytes(KEY_BYTES)
         key_id = self._id_of(root)
-        sealed = self._sealer.seal(root, owner=owner_of(key_id), purpose=self._purpose, version=1)
-        return SystemKey(id=key_id, purpose=self._purpose, state=state, sealed_key=sealed)
+        sealed = self._sealer.seal(root, owner=owner_of(key_id), purpose=self.purpose, version=1)
+        return SystemKey(id=key_id, purpose=self.purpose, state=state, sealed_key=sealed)
 
     def _rows(self, session: Session) -> Sequence[SystemKey]:
-        query = select(SystemKey).where(SystemKey.purpose == self._purpose, SystemKey.state != "retired")
+        query = select(SystemKey).where(SystemKey.purpose == self.purpose, SystemKey.state != "retired")
         rows = session.exec(query.order_by(col(SystemKey.created_at).desc(), col(SystemKey.id))).all()
         return sorted(rows, key=lambda row: ("next", "current", "previous").index(row.state))
 
     def _opened(self, row: SystemKey) -> RootKey | None:
         try:
-            root = self._sealer.open(row.sealed_key, owner=owner_of(row.id), purpose=self._purpose, version=1)
+            root = self._sealer.open(row.sealed_key, owner=owner_of(row.id), purpose=self.purpose, version=1)
         except SecretUnreadable:
             return None
         return RootKey(row.id, row.state, root)
@@ -105,6 +107,12 @@ def owner_of(key_id: str) -> str:
     return f"system_keys/{key_id}"
 
 
-def _insert(session: Session, row: SystemKey) -> None:
-    row.created_at = row.activated_at = now(session)
+def insert_key(session: Session, row: SystemKey) -> None:
+    """Insert a fresh key (``KeyRetired`` when the data key that it is sealed under was retired meanwhile).
+
+    ``IntegrityError`` at the commit when it is current and another one is.
+    """
+    require_live_key(session, Sealer.key_id_of(row.sealed_key))
+    row.created_at = now(session)
+    row.activated_at = row.created_at if row.state == "current" else None
     session.add(row)

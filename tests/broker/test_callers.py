@@ -19,12 +19,14 @@ from sqlmodel import Session, col, select
 
 from broker.audit import Audit
 from broker.callers import CACHE_ENTRIES, MAX_NAME, Callers, ParsedKey, mint_key, parse_key, presented_keys
+from broker.callers.rows import TAKEN_OVER
 from broker.database import Database
 from broker.errors import AuditUnavailable, Conflict, DatabaseUnavailable, InvalidRequest, NotFound, Unauthenticated
 from broker.models import AuditRecord, Caller, CallerKey
 from broker.policy import Principal, Target, allowed
 from broker.settings import SettingsError
 from providers.spec import Secret
+from tests.broker.callers.made import made_callers, resigned
 
 T = TypeVar("T")
 BASE62 = string.digits + string.ascii_uppercase + string.ascii_lowercase
@@ -232,7 +234,7 @@ async def audit(database: Database) -> AsyncIterator[Audit]:
 @pytest.fixture
 async def callers(database: Database, audit: Audit, clock: Clock) -> AsyncIterator[Callers]:
     """Give one replica's callers."""
-    made = Callers(database, audit, clock=clock)
+    made = await made_callers(database, audit, clock=clock)
     yield made
     await made.aclose()
 
@@ -240,7 +242,7 @@ async def callers(database: Database, audit: Audit, clock: Clock) -> AsyncIterat
 @pytest.fixture
 async def replica(database: Database, audit: Audit, clock: Clock) -> AsyncIterator[Callers]:
     """Give another replica's callers over the same database."""
-    made = Callers(database, audit, clock=clock)
+    made = await made_callers(database, audit, clock=clock)
     yield made
     await made.aclose()
 
@@ -417,7 +419,7 @@ async def test_an_answer_from_before_a_change_is_not_remembered(
 ) -> None:
     caller, key = await service(callers)
     slow = Slow(database)
-    here = Callers(slow, audit)
+    here = await made_callers(database, audit, over=slow)
     asking = asyncio.create_task(here.identify(key))
     await slow.asked.wait()
     await here.revoke_key(caller.id, key_id_of(key), actor="test")
@@ -473,18 +475,18 @@ async def test_a_last_use_that_cannot_be_written_fails_nobody(
     _, key = await service(callers)
     full = Full(database)
     full.gate.set()
-    here = Callers(full, audit)
+    here = await made_callers(database, audit, over=full)
     assert (await here.identify(key)).name == "backend"
     await here.aclose()
     assert await last_used_at(database, key) is None
 
 
 async def test_roles_and_grants_that_this_version_does_not_know_allow_nothing(
-    callers: Callers, database: Database
+    callers: Callers, database: Database, audit: Audit
 ) -> None:
     caller, key = await service(callers)
     strange = [{**READER, "regions": ["eu"]}, READER, {"integrations": ["*"]}]
-    await change_rows(database, sa.update(Caller).values(roles=["service", "emperor"], grants=strange))
+    await resigned(database, audit, sa.update(Caller).values(roles=["service", "emperor"], grants=strange))
     principal = await callers.identify(key)
     assert principal.caller_id == caller.id
     assert principal.roles == {"service"}
@@ -713,9 +715,9 @@ async def test_a_setting_that_is_no_whole_key_is_named_and_not_shown(callers: Ca
     assert await callers.page(limit=1) == []
 
 
-async def test_a_dead_key_is_not_revived_by_the_settings(callers: Callers, database: Database) -> None:
+async def test_a_dead_key_is_not_revived_by_the_settings(callers: Callers, database: Database, audit: Audit) -> None:
     _, key = await admin(callers)
-    await change_rows(database, sa.update(Caller).values(expires_at=1.0))
+    await resigned(database, audit, sa.update(Caller).values(expires_at=1.0))
     with pytest.raises(SettingsError, match="BROKER_ADMIN_KEY"):
         await callers.ensure_admin(key)
     assert await callers.ensure_admin(mint_key()[1])
@@ -725,7 +727,7 @@ async def test_a_dead_key_is_not_revived_by_the_settings(callers: Callers, datab
 
 
 async def recorded(database: Database) -> list[tuple[str, str, dict[str, Any]]]:
-    query = select(AuditRecord).order_by(col(AuditRecord.number))
+    query = select(AuditRecord).where(AuditRecord.action != TAKEN_OVER).order_by(col(AuditRecord.number))
     rows = await database.read(lambda session: session.exec(query).all())
     return [(row.action, row.actor, row.detail) for row in rows]
 

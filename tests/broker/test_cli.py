@@ -104,7 +104,7 @@ def test_the_commands_of_the_contract_are_there() -> None:
     expected = """demo, serve, worker, migrate, config check, callers add, callers list, callers revoke, callers key,
         connections list, connections show, connections confirm, connections revoke, integrations list, integrations add,
         integrations test, integrations export, integrations import, providers list, providers show, providers new,
-        providers check, audit tail, audit verify"""
+        providers check, audit tail, audit verify, doctor"""
     wanted = {tuple(path.split()) for path in expected.split(",")}
     assert wanted - COMMANDS.keys() == set()
 
@@ -337,6 +337,27 @@ def test_the_admin_key_of_the_settings_makes_the_first_admin(terminal: Terminal)
 
 
 # --- integrations ---------------------------------------------------------------------------------------------------------
+
+
+def test_client_secrets_are_added_tried_promoted_and_deleted(terminal: Terminal) -> None:
+    terminal.ok("integrations", "add", "work", "--provider", "github", "--client-id", "me")
+    (terminal.place / "one").write_text(f"{CANARY}-1\n")
+    terminal.ok("integrations", "add-secret", "work", "--client-secret-file", "one")
+    tried = json.loads(
+        terminal.ok(
+            *("integrations", "add-secret", "work", "--client-secret-file", "-", "--canary", "3", "--json"),
+            given=f"{CANARY}-2\n",
+        )
+    )
+    assert (tried["state"], tried["rotation_id"][:4]) == ("candidate", "rot_")
+    newest, oldest = terminal.json("integrations", "secrets", "work")
+    assert (newest["id"], newest["state"], oldest["state"]) == (tried["id"], "candidate", "live")
+    assert "live" in terminal.ok("integrations", "promote-secret", "work", tried["id"])
+    assert oldest["id"] in terminal.ok("integrations", "delete-secret", "work", oldest["id"])
+    shown = terminal.ok("integrations", "secrets", "work")
+    assert oldest["id"] not in shown
+    assert CANARY not in shown
+    assert terminal.run("integrations", "promote-secret", "work", "key_absent").status != 0
 
 
 def test_an_integration_is_added_listed_and_carried_to_another_broker(terminal: Terminal) -> None:
@@ -596,20 +617,21 @@ def test_the_chain_is_shown_and_verified(terminal: Terminal) -> None:
     terminal.ok("callers", "revoke", made["id"])
     records = terminal.json("audit", "tail")
     assert [(one["number"], one["action"], one["actor"]) for one in records] == [
-        (2, "caller.deleted", "cli"),
-        (1, "caller.created", "cli"),
+        (3, "caller.deleted", "cli"),
+        (2, "caller.created", "cli"),
+        (1, "caller.rows_taken_over", "system"),
     ]
     assert len(terminal.json("audit", "tail", "--limit", "1")) == 1
     assert len(terminal.json("audit", "tail", "--action", "caller.created", "--actor", "cli")) == 1
     assert terminal.ok("audit", "tail", "--connection", "con_x") == "There are none.\n"
-    assert terminal.ok("audit", "verify") == "The chain is whole (records: 2, checkpoints: 0).\n"
+    assert terminal.ok("audit", "verify") == "The chain is whole (records: 3, checkpoints: 0).\n"
     assert terminal.json("audit", "verify")["ok"] is True
 
 
 TAMPERED = {
     "UPDATE audit_records SET actor = 'nobody' WHERE number = 2": ("at record 2 (edited)", 2),
     "DELETE FROM audit_records WHERE number = 1": ("at record 1 (removed)", 1),
-    "DELETE FROM audit_records WHERE number = 3": ("at record 3 (cut_tail)", 3),
+    "DELETE FROM audit_records WHERE number = 4": ("at record 4 (cut_tail)", 4),
     "UPDATE audit_head SET count = 2": ("(head_forged)", None),
 }
 

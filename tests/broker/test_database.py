@@ -7,6 +7,7 @@ import contextlib
 import contextvars
 import sqlite3
 import stat
+import threading
 import time
 import traceback
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -217,6 +218,33 @@ async def test_a_locked_database_is_a_named_error_in_bounded_time_and_heals(data
         assert await database.read(_names) == ["before"]
     await database.transaction(_put("after"))
     assert await database.read(_names) == ["after", "before"]
+    await database.aclose()
+
+
+async def test_a_process_that_stands_still_in_a_transaction_loses_it_before_others_give_up(postgres_url: str) -> None:
+    locked, over = threading.Event(), threading.Event()
+
+    def stand_still(session: Session) -> None:
+        session.execute(sa.update(KeyCheck).values(check_value="lost"))
+        locked.set()
+        over.wait(30)
+        session.execute(sa.text("SELECT 1"))
+
+    async def run() -> None:
+        await PostgresDatabase(postgres_url, busy_timeout_seconds=1.25).transaction(stand_still)
+
+    database = PostgresDatabase(postgres_url, busy_timeout_seconds=4.0)
+    await database.transaction(_put("a"))
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        stands = thread.submit(lambda: asyncio.run(run()))
+        try:
+            assert await asyncio.to_thread(locked.wait, 30)
+            await database.transaction(lambda session: session.execute(sa.update(KeyCheck).values(check_value="kept")))
+        finally:
+            over.set()
+        with pytest.raises(DatabaseUnavailable):
+            stands.result()
+    assert await database.read(lambda session: session.exec(select(KeyCheck.check_value)).all()) == ["kept"]
     await database.aclose()
 
 
@@ -582,7 +610,7 @@ async def test_postgresql_ends_what_would_hang_and_lets_reads_only_read(postgres
         expected = {
             "lock_timeout": "5s",
             "statement_timeout": "15s",
-            "idle_in_transaction_session_timeout": "15s",
+            "idle_in_transaction_session_timeout": "4s",
             "default_transaction_read_only": "off",
         }
         assert {name: await database.transaction(setting(name)) for name in expected} == expected

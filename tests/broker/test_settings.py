@@ -16,6 +16,10 @@ from broker.settings import Secret, Settings, SettingsError, load_settings
 
 CANARY = "CANARY-9f3e41"
 DEVELOPMENT = {"BROKER_ENV": "development"}
+VAULT_READ = {  # in tests/broker/vault/test_hashicorp_settings.py: they make sense together only
+    *("vault_variables", "vault_transit_key", "vault_auth", "vault_auth_mount", "vault_role_id", "vault_secret_id"),
+    *("vault_secret_id_file", "vault_secret_id_wrapped", "vault_kubernetes_role", "vault_kubernetes_token_file"),
+}
 PRODUCTION = {"BROKER_PUBLIC_URL": "https://broker.test", "BROKER_KEYRING": "k1:AAAA"}
 
 
@@ -61,17 +65,23 @@ READ = [
     ("database_url", "sqlite:////var/broker.db", "sqlite:////var/broker.db"),
     ("routes", "public, private", ("public", "private")),
     ("vault", "local", "local"),
+    ("vault_mount", "teams/kv", "teams/kv"),
+    ("vault_prefix", "apps/broker", "apps/broker"),
+    ("vault_transit_mount", "keys", "keys"),
     ("keyring", "k2:BBBB,k1:AAAA", Secret("k2:BBBB,k1:AAAA")),
     ("secret_cache_seconds", "0", 0.0),
     ("background_refreshes_per_minute", "60", 60),
     ("audit_sinks", "database,file:/var/log/audit,stdout", ("database", "file:/var/log/audit", "stdout")),
     ("audit_checkpoints", "file:/mnt/other/points,stdout", ("file:/mnt/other/points", "stdout")),
+    ("audit_retention_days", "400", 400.0),
     ("return_to", "https://app.test/done,https://b.test/**", ("https://app.test/done", "https://b.test/**")),
     ("default_return_to", "https://app.test/done", "https://app.test/done"),
     ("egress_allow", "10.0.0.0/8,fd00::/8", (ip_network("10.0.0.0/8"), ip_network("fd00::/8"))),
     ("egress_ca_file", "/etc/ca.pem", Path("/etc/ca.pem")),
     ("egress_resolve", "a.test:443:127.0.0.1,b.test:8443:[::1]", ("a.test:443:127.0.0.1", "b.test:8443:[::1]")),
     ("trusted_proxies", "192.0.2.7", (ip_network("192.0.2.7/32"),)),
+    ("trusted_issuers_file", "issuers.toml", Path("issuers.toml")),
+    ("token_exchange_seconds", "60", 60),
     ("admin_key", "brk_a_b", Secret("brk_a_b")),
     ("integrations_file", "integrations.json", Path("integrations.json")),
 ]
@@ -88,7 +98,9 @@ def test_a_keyring_file_is_read_from_the_environment() -> None:
 
 
 def test_every_setting_is_in_the_list_above() -> None:
-    assert {name for name, _, _ in READ} | {"keyring_file", "provider_credentials"} == set(Settings.model_fields)
+    assert {name for name, _, _ in READ} | {"keyring_file", "mtls_header", "provider_credentials"} | VAULT_READ == set(
+        Settings.model_fields
+    )
 
 
 def test_the_clients_that_the_environment_brings_are_kept_whole() -> None:
@@ -132,8 +144,11 @@ REFUSED = [
     ("audit_sinks", f"database,{CANARY}", "each must be database, stdout or file:<path>"),
     ("audit_sinks", "database,file:", "each must be database, stdout or file:<path>"),
     ("audit_sinks", "stdout", "must contain database"),
-    ("audit_checkpoints", CANARY, "each must be stdout or file:<path>"),
-    ("audit_checkpoints", "file:", "each must be stdout or file:<path>"),
+    ("audit_checkpoints", CANARY, "each must be stdout, file:<path> or vault:<path>"),
+    ("audit_checkpoints", "file:", "each must be stdout, file:<path> or vault:<path>"),
+    ("audit_checkpoints", "vault:../x", "each must be stdout, file:<path> or vault:<path>"),
+    ("audit_checkpoints", "vault:audit/checkpoints", "needs BROKER_VAULT=hashicorp"),
+    ("audit_retention_days", "0.5", "greater than or equal to 1"),
     ("return_to", f"https://u:{CANARY}@h/", "without credentials"),
     ("return_to", f"/{CANARY}", "take http(s) URLs"),
     ("default_return_to", f"javascript:{CANARY}", "take http(s) URLs"),
@@ -210,7 +225,10 @@ def test_an_unknown_name_is_refused_with_a_suggestion(variable: str, told: str) 
 
 
 @settings(max_examples=300, deadline=None)
-@given(name=st.sampled_from(sorted(set(Settings.model_fields) - {"provider_credentials"})), text=st.text(max_size=40))
+@given(
+    name=st.sampled_from(sorted(set(Settings.model_fields) - {"provider_credentials", "vault_variables"})),
+    text=st.text(max_size=40),
+)
 def test_any_text_is_read_or_refused_by_name_and_never_told(name: str, text: str) -> None:
     variable, value = f"BROKER_{name.upper()}", f"{text}{CANARY}"
     outcome: Settings | SettingsError
@@ -367,3 +385,35 @@ def test_building_the_object_reads_nothing_from_outside(tmp_path: Path, monkeypa
     (tmp_path / "broker.toml").write_text('vault = "x"\n')
     values: dict[str, Any] = {"env": "development"}
     assert Settings(**values).data_dir == Path("broker-data")
+
+
+@pytest.mark.parametrize("name", ["authorization", "X-Api-Key", "x forwarded", "", "cookie", "x-\n"])
+def test_a_header_for_certificates_serves_nothing_else(name: str, tmp_path: Path) -> None:
+    needed: dict[str, Any] = {"trusted_proxies": "10.0.0.0/8", "trusted_issuers_file": "x"}
+    if name == "":
+        assert load_settings({"BROKER_MTLS_HEADER": ""}, directory=tmp_path, env="development").mtls_header is None
+        return
+    with pytest.raises(SettingsError, match="BROKER_MTLS_HEADER"):
+        load_settings({}, directory=tmp_path, env="development", mtls_header=name, **needed)
+
+
+@pytest.mark.parametrize("missing", ["trusted_proxies", "trusted_issuers_file"])
+def test_a_header_for_certificates_needs_a_proxy_and_rules(missing: str, tmp_path: Path) -> None:
+    whole: dict[str, Any] = {"trusted_proxies": "10.0.0.0/8", "trusted_issuers_file": "x", "mtls_header": "X-Cert"}
+    assert load_settings({}, directory=tmp_path, env="development", **whole).mtls_header == "x-cert"
+    del whole[missing]
+    with pytest.raises(SettingsError, match="BROKER_MTLS_HEADER needs"):
+        load_settings({}, directory=tmp_path, env="development", **whole)
+
+
+@pytest.mark.parametrize(("seconds", "good"), [(59, False), (60, True), (3600, True), (3601, False)])
+def test_exchanged_tokens_live_for_a_minute_to_an_hour(seconds: int, good: bool, tmp_path: Path) -> None:  # noqa: FBT001
+    def load() -> int:
+        settings = load_settings({"BROKER_TOKEN_EXCHANGE_SECONDS": str(seconds)}, directory=tmp_path, env="development")
+        return settings.token_exchange_seconds
+
+    if good:
+        assert load() == seconds
+    else:
+        with pytest.raises(SettingsError, match="BROKER_TOKEN_EXCHANGE_SECONDS"):
+            load()

@@ -13,7 +13,7 @@ from dataclasses import replace
 from email.utils import formatdate
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, parse_qsl, urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -40,7 +40,6 @@ from broker.token_endpoint import (
     parse_answer,
     parse_discovery,
     refresh_request,
-    revoke_request,
     strict_object,
 )
 from providers import load_catalog
@@ -237,22 +236,6 @@ def test_a_refresh_with_the_secret_in_the_form_is_the_published_one() -> None:
     assert request.headers["Content-Type"] == expected["content_type"]
 
 
-def test_a_revocation_with_basic_is_the_published_one() -> None:
-    given_, expected = vector("rfc7009", "2.1")
-    request = revoke_request(
-        PLAIN,
-        revoke_url="https://as.test/revoke",
-        client=client("client_secret_basic", given_["client_id"]),
-        secret=Secret(given_["client_secret"]),
-        token=Secret(given_["token"]),
-        token_type_hint="refresh_token",
-        now=0.0,
-    )
-    assert request.url == "https://as.test/revoke"
-    assert request.headers["Authorization"] == expected["authorization"]
-    assert form(request) == {name: values[0] for name, values in parse_qs(expected["body"]).items()}
-
-
 def test_basic_takes_id_and_secret_form_encoded() -> None:
     request = exchange(client=client("client_secret_basic", "my client:1"), secret=Secret("p%a+s:s é"))
     decoded = base64.b64decode(request.headers["Authorization"].removeprefix("Basic "))
@@ -326,16 +309,6 @@ def test_an_empty_token_is_not_sent() -> None:
             secret=Secret("s"),
             refresh_token=Secret(""),
             redirect_uri="https://client.example.com/cb",
-            now=0.0,
-        )
-    with pytest.raises(ValueError, match="empty"):
-        revoke_request(
-            PLAIN,
-            revoke_url=TOKEN_URL,
-            client=client(),
-            secret=Secret("s"),
-            token=Secret(""),
-            token_type_hint="access_token",
             now=0.0,
         )
 

@@ -8,7 +8,7 @@ import json
 import os
 import resource
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,10 +40,16 @@ class Site:
 
 
 @contextlib.asynccontextmanager
-async def open_site(place: Path, database_url: str, options: SandboxOptions, **config: Any) -> AsyncIterator[Site]:
+async def open_site(
+    place: Path,
+    database_url: str,
+    options: SandboxOptions,
+    make_settings: Callable[..., Settings] = settings_for,
+    **config: Any,
+) -> AsyncIterator[Site]:
     """Start a sandbox and open a broker's parts on the database; ``config`` is of the integration ``sandbox``."""
     admin_key = mint_key()[1].reveal()
-    settings = settings_for(place, "http://127.0.0.1:8000", database_url=database_url, admin_key=admin_key)
+    settings = make_settings(place, public_url="http://127.0.0.1:8000", database_url=database_url, admin_key=admin_key)
     async with serve_sandbox(options) as sandbox, open_parts(settings) as parts:
         secret = Secret(DEMO_CLIENT_SECRET)
         scopes = ("openid", "profile", "email", "offline_access")
@@ -68,7 +74,7 @@ async def import_over(site: Site, login: str, minted: TokenAnswer) -> str:
 # Processes
 
 
-def process_environment(site: Site) -> dict[str, str]:
+def process_environment(site: Site, **more: str) -> dict[str, str]:
     """Return the environment of a broker process; without coverage, which would not outlive a kill and costs half the speed."""
     settings = site.settings
     not_measured = {name: "" for name in os.environ if name.startswith("COVERAGE_")}
@@ -76,18 +82,19 @@ def process_environment(site: Site) -> dict[str, str]:
         "BROKER_ENV": "development",
         "BROKER_DATA_DIR": str(settings.data_dir),
         "BROKER_DATABASE_URL": settings.effective_database_url,
+        **more,
     }
     return environment(settings.data_dir, **not_measured, **variables)
 
 
 @contextlib.asynccontextmanager
-async def serve(site: Site, log: Path) -> AsyncIterator[int]:
-    """Run `broker serve` until the block ends, then stop it by SIGTERM; give its port."""
+async def serve(site: Site, log: Path, **more: str) -> AsyncIterator[int]:
+    """Run `broker serve` until the block ends, then stop it by SIGTERM; give its port. ``more``: of its environment."""
     port = free_port()
     command = (sys.executable, "-m", "broker", "serve", "--port", str(port))
     with log.open("wb") as file:
         process = await asyncio.create_subprocess_exec(
-            *command, env=process_environment(site), cwd=site.settings.data_dir, stdout=file, stderr=file
+            *command, env=process_environment(site, **more), cwd=site.settings.data_dir, stdout=file, stderr=file
         )
         try:
             await is_up(port)

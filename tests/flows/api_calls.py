@@ -30,7 +30,7 @@ def check_problem(answer: Any, status: int, code: str, *pointers: str) -> dict[s
     return body
 
 
-MEMBERS = {"type", "title", "status", "detail", "code", "request_id", "errors", "made_id"}
+MEMBERS = {"type", "title", "status", "detail", "code", "request_id", "errors", "made_id", "status_reason"}
 
 
 def import_body(subject: str, *, account: str | None = None, **fields: Any) -> dict[str, Any]:

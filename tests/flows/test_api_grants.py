@@ -40,6 +40,8 @@ BY_ROLE: list[tuple[str, str, Any, set[str]]] = [
     ("DELETE", "/v1/callers/clr_absent/keys/key_x", None, {"security"}),
     ("GET", "/v1/audit", None, {"security", "auditor"}),
     ("GET", "/v1/audit/verify", None, {"security", "auditor"}),
+    ("GET", "/v1/audit/keys", None, {"security", "auditor"}),
+    ("GET", "/v1/audit/export", None, {"security", "auditor"}),
     ("GET", "/v1/connections", None, set(ROLES)),
 ]
 

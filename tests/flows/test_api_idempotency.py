@@ -11,7 +11,9 @@ import pytest
 import sqlalchemy as sa
 from sqlmodel import col, select
 
-from broker.models import IdempotentAnswer
+from broker.api.requests import Idempotency
+from broker.models import IdempotentAnswer, SystemKey
+from broker.vault.system_keys import SystemKeys, insert_key
 from tests.flows.api_calls import check_problem, import_body, imported, unused
 from tests.flows.rig import Rig
 
@@ -159,16 +161,71 @@ async def test_what_is_stored_tells_nothing_of_the_request(shared: Rig) -> None:
     assert (await posted(shared, "/v1/connections", body, unused("key"))).status_code == 201
     kept = await shared.parts.database.read(lambda session: list(session.exec(select(IdempotentAnswer))))
     assert "CANARY" not in repr(kept)
-    keyed = shared.parts.sealer.current_key_id
+    keyed = shared.parts.session_keys.current.id
     assert all(row.request_digest.startswith(f"{keyed}:") for row in kept), "a plain hash of a password can be guessed"
 
 
-async def test_a_data_key_that_is_gone_is_a_conflict_and_no_second_action(shared: Rig) -> None:
+async def session_key(rig: Rig, key_id: str, state: str) -> None:
+    """Move a session key to another state, as a rotation does."""
+    change = sa.update(SystemKey).where(col(SystemKey.id) == key_id).values(state=state)
+    await rig.parts.database.transaction(lambda session: session.execute(change))
+
+
+async def rotated(rig: Rig) -> str:
+    """Rotate the session key in another process, which this one knows nothing of yet; return the old one's id."""
+    keys = rig.parts.session_keys
+    old, fresh = keys.current.id, keys.new_row("current")
+    await session_key(rig, old, "previous")
+    await rig.parts.database.transaction(lambda session: insert_key(session, fresh))
+    return old
+
+
+async def test_a_request_is_known_again_after_the_session_key_was_rotated(shared: Rig) -> None:
+    subject, key = unused("acme:"), unused("key")
+    body = import_body(subject)
+    first = await posted(shared, "/v1/connections", body, key)
+    old = await rotated(shared)
+    assert (await posted(shared, "/v1/connections", body, key)).text == first.text
+    await shared.parts.session_keys.refresh()
+    assert shared.parts.session_keys.current.id != old
+    assert (await posted(shared, "/v1/connections", body, key)).text == first.text
+    check_problem(await posted(shared, "/v1/connections", {**body, "subject": "x"}, key), 409, "idempotency_conflict")
+    assert len(await listed(shared, subject)) == 1
+
+
+async def test_what_another_process_made_under_a_newer_session_key_is_known(shared: Rig) -> None:
+    subject, key = unused("acme:"), unused("key")
+    body = import_body(subject)
+    here = SystemKeys(shared.parts.database, shared.parts.sealer, "session")
+    await here.load()
+    behind = Idempotency(not_reached, shared.parts.database, here)  # a process that does not know of the rotation yet
+    await rotated(shared)
+    await shared.parts.session_keys.refresh()
+    assert (await posted(shared, "/v1/connections", body, key)).status_code == 201
+    (kept,) = await shared.parts.database.read(
+        lambda session: list(
+            session.exec(select(IdempotentAnswer).order_by(col(IdempotentAnswer.created_at).desc()).limit(1))
+        )
+    )
+    content = json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
+    request = b"\n".join([b"/v1/connections", b"", content])
+    assert here.get(kept.request_digest.partition(":")[0]) is None
+    assert await behind._is_same(request, kept.request_digest)
+    assert not await behind._is_same(request + b" ", kept.request_digest)
+
+
+async def not_reached(scope: Any, receive: Any, send: Any) -> None:
+    """Stand for the routes, which a repeated request does not reach."""
+    raise AssertionError
+
+
+async def test_a_session_key_that_is_gone_is_a_conflict_and_no_second_action(shared: Rig) -> None:
     subject, key = unused("acme:"), unused("key")
     body = import_body(subject)
     await posted(shared, "/v1/connections", body, key)
-    gone = sa.update(IdempotentAnswer).values(request_digest="dk_gone:00")
-    await shared.parts.database.transaction(lambda session: session.execute(gone))
+    old = await rotated(shared)
+    await session_key(shared, old, "retired")
+    await shared.parts.session_keys.refresh()
     check_problem(await posted(shared, "/v1/connections", body, key), 409, "idempotency_conflict")
     assert len(await listed(shared, subject)) == 1
 

@@ -276,7 +276,8 @@ async def test_several_client_secrets_live_side_by_side_newest_first(shared: Rig
     path = f"/v1/integrations/{name}/client-secrets"
     second = await shared.call("POST", path, {"client_secret": "CANARY-2"})
     assert second.status_code == 201
-    assert second.json().keys() == {"id", "source", "created_at"}
+    shown = {"id", "source", "state", "created_at", "last_used_at", "refused_at"}
+    assert second.json().keys() == {*shown, "rotation_id"}
     listed = await shared.call("GET", path)
     assert listed.json()["data"][0]["id"] == second.json()["id"]
     again = await shared.call("POST", path, {"client_secret": "CANARY-2"})

@@ -137,7 +137,8 @@ async def test_every_list_pages(tmp_path: Path, database_url: str) -> None:
         for path in (*lists, "integrations/sandbox/logs"):
             full = await walked(rig, f"/v1/{path}", limit=200)
             assert len(full) >= 3, path
-            assert await walked(rig, f"/v1/{path}", limit=2) == full, path
+            more = 1 if path == "audit" else 0  # that somebody read it is in it by then
+            assert (await walked(rig, f"/v1/{path}", limit=2))[more:] == full, path
             for query in ("limit=0", "limit=201", "cursor=x", "colour=red"):
                 check_problem(await rig.call("GET", f"/v1/{path}?{query}"), 400, "invalid_request")
 

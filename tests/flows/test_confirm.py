@@ -734,7 +734,7 @@ async def test_a_merge_is_judged_by_what_the_connection_has_become_meanwhile(
     came = await finished()
     parts = shared.parts
     slow = SlowVault(parts.vault)
-    confirmations = Confirmations(parts.database, slow, parts.credentials, parts.audit)
+    confirmations = Confirmations(parts.database, slow, parts.credentials, parts.audit, parts.callers.standing)
     wanted = Confirm(came["connection_id"], came["confirm"], owner, None)
     principal = await parts.callers.identify(Secret(key))
     task = asyncio.create_task(confirmations.confirm(wanted, principal))

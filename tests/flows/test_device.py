@@ -134,6 +134,23 @@ async def test_the_same_account_again_updates_its_connection(rig: Rig, provider:
     assert (await rig.token(ids[0])).json()["access_token"] == "token-2"
 
 
+async def test_an_account_with_another_kind_of_credential_ends_the_flow_at_once_and_keeps_that(
+    rig: Rig, provider: Provider
+) -> None:
+    credentials = {"type": "client_credentials"}
+    body = {"integration": "tv", "subject": "acme:42", "credentials": credentials, "account": {"id": "user-1"}}
+    imported = await rig.call("POST", "/v1/connections", body)
+    assert imported.status_code == 201, imported.text
+    made = await start(rig)
+    provider.script = [(200, TOKENS)]
+    seen = await poll(rig, made["id"])
+    assert (seen["status"], seen["status_reason"]) == ("failed", "other_credential_type")
+    assert (await poll(rig, made["id"]))["status"] == "failed"
+    assert len(provider.polls) == 1
+    provider.script = [(200, {"access_token": "minted", "expires_in": 600})]
+    assert (await rig.token(imported.json()["id"])).json()["access_token"] == "minted"
+
+
 @pytest.mark.parametrize(
     ("reply", "status", "reason"),
     [

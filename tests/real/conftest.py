@@ -21,6 +21,7 @@ from tests.real.parts import (
     google_seed,
     oidc_provider,
 )
+from tests.real.vault import VaultServer, running_vault
 
 
 @pytest.fixture(scope="session")
@@ -44,6 +45,13 @@ def broker_url(broker_listener: socket.socket) -> str:
 def make_directory(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Return a function that makes a new directory; a part's seed and output stay there."""
     return tmp_path_factory.mktemp
+
+
+@pytest.fixture(scope="session")
+def vault_server(make_directory: Callable[[str], Path]) -> Iterator[VaultServer]:
+    """Run HashiCorp Vault. A test that seals or stops it puts it back, and uses tokens of its own."""
+    with running_vault(make_directory) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

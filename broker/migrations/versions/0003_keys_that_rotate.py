@@ -27,6 +27,8 @@ def upgrade() -> None:
 
 def _new_columns() -> None:
     op.add_column("client_secrets", sa.Column("state", sa.String(), nullable=False, server_default="live"))
+    op.create_index("ix_sealed_secrets_under", "sealed_secrets", ["key_id", "owner", "version"])
+    op.drop_index("ix_sealed_secrets_key_id", table_name="sealed_secrets")
     for column in ("activated_at", "retired_at"):
         op.add_column("data_keys", sa.Column(column, sa.Float(53), nullable=True))
     op.add_column("key_checks", sa.Column("retired_at", sa.Float(53), nullable=True))

@@ -180,6 +180,28 @@ async def test_a_read_under_way_does_not_bring_a_destroyed_secret_back() -> None
         await vault.get("o", 1)
 
 
+async def test_after_a_clear_every_secret_is_read_anew() -> None:
+    store, vault, _ = await cached()
+    await vault.get("o", 1)
+    await vault.get("o", 1)
+    assert store.reads == 1
+    vault.clear()
+    assert await vault.get("o", 1) == (1, store.values["o"][0])
+    assert store.reads == 2
+
+
+async def test_a_read_under_way_keeps_nothing_past_a_clear() -> None:
+    store, vault, _ = await cached()
+    store.gate = asyncio.Event()
+    reading = asyncio.create_task(vault.get("o", 1))
+    await asyncio.sleep(0)
+    vault.clear()
+    store.gate.set()
+    await reading
+    await vault.get("o", 1)
+    assert store.reads == 2
+
+
 async def test_a_destroy_that_fails_has_dropped_the_secret_from_memory_all_the_same() -> None:
     store, vault, _ = await cached()
     await vault.get("o", 1)

@@ -19,18 +19,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sqlmodel import Session, select
 
-from broker.database import Database
+from broker.database import Database, now
+from broker.errors import SecretStoreUnavailable
 from broker.models import DataKey, KeyCheck
 from broker.settings import Secret, Settings, SettingsError
 from broker.vault import SecretUnreadable
+from broker.vault.floor import KeyRetired, require_live_key, require_live_wrapping_key
 from broker.vault.keyring import (
     LARGEST_KEYRING_BYTES,
     KeyEncryptionKey,
     Keyring,
+    Seal,
     Sealer,
     check_value,
     derive_key,
     load_keyring,
+    new_data_key,
     open_sealer,
     parse_keys,
     unwrap_data_key,
@@ -167,10 +171,10 @@ def written(path: Path, *entries: str, mode: int = 0o600) -> Path:
     return path
 
 
-def test_a_keyring_in_the_environment_is_taken_and_never_changes() -> None:
+async def test_a_keyring_in_the_environment_is_taken_and_never_changes() -> None:
     keyring = load_keyring(Settings(env="development", keyring=Secret(entry("k1", 1))))
     assert keyring.ids == ("k1",)
-    assert keyring.reload() is False
+    assert await keyring.reload() is False
 
 
 @pytest.mark.parametrize("mode", [0o600, 0o400, 0o440, 0o640])
@@ -246,29 +250,29 @@ def test_a_data_directory_that_cannot_be_written_is_refused_by_name(tmp_path: Pa
 # --- reading it again -------------------------------------------------------------------------------------------------
 
 
-def test_a_key_added_to_the_file_is_the_newest_after_a_reload(tmp_path: Path) -> None:
+async def test_a_key_added_to_the_file_is_the_newest_after_a_reload(tmp_path: Path) -> None:
     path = written(tmp_path / "keys", entry("k1", 1))
     keyring = load_keyring(production(path))
-    assert keyring.reload() is False
+    assert await keyring.reload() is False
     written(path, entry("k2", 2), entry("k1", 1))
     assert keyring.newest.id == "k1"
-    assert keyring.reload() is True
+    assert await keyring.reload() is True
     assert keyring.ids == ("k2", "k1")
     assert keyring.newest.key == material(2)
 
 
-def test_a_reload_that_is_refused_changes_nothing(tmp_path: Path) -> None:
+async def test_a_reload_that_is_refused_changes_nothing(tmp_path: Path) -> None:
     path = written(tmp_path / "keys", entry("k1", 1))
     keyring = load_keyring(production(path))
     written(path, entry("k2", 2), entry("k1", 3))
     with pytest.raises(SettingsError, match="the key k1 changed"):
-        keyring.reload()
+        await keyring.reload()
     path.write_text("half a li")
     with pytest.raises(SettingsError, match="BROKER_KEYRING_FILE"):
-        keyring.reload()
+        await keyring.reload()
     written(path, entry("k2", 2), mode=0o644)
     with pytest.raises(SettingsError, match="mode is 0644"):
-        keyring.reload()
+        await keyring.reload()
     assert keyring.ids == ("k1",)
     assert keyring.newest.key == material(1)
 
@@ -653,3 +657,234 @@ async def test_a_refresh_without_a_current_data_key_keeps_the_one_it_has(databas
     await database.transaction(lambda session: session.execute(sa.update(DataKey).values(current=False)) and None)
     await here.refresh(database)
     assert here.current_key_id == current
+
+
+# --- one data key after the other -------------------------------------------------------------------------------------
+
+
+async def added(database: Database, wrapping: Keyring) -> str:
+    """Add a next data key and return its id."""
+    row, _ = await new_data_key(wrapping)
+
+    def work(session: Session) -> None:
+        require_live_wrapping_key(session, row.wrapped_by)
+        row.created_at = now(session)
+        session.add(row)
+
+    await database.transaction(work)
+    return row.id
+
+
+async def switched(database: Database, key_id: str) -> None:
+    def work(session: Session) -> None:
+        for row in session.exec(select(DataKey)):
+            row.current = row.id == key_id
+            row.activated_at = now(session) if row.current else row.activated_at
+            session.add(row)
+
+    await database.transaction(work)
+
+
+async def retired(database: Database, key_id: str) -> None:
+    """Retire and shred a data key, as a rotation does once nothing is left under it."""
+
+    def work(session: Session) -> None:
+        row = session.exec(select(DataKey).where(DataKey.id == key_id).with_for_update()).one()
+        row.current, row.retired_at, row.wrapped = False, now(session), b""
+        session.add(row)
+
+    await database.transaction(work)
+
+
+async def sealed_by(sealer: Sealer, database: Database) -> bytes:
+    """Return what a write of this sealer came to."""
+
+    def work(session: Session, seal: Seal) -> bytes:
+        session.connection()
+        return seal(b"hello", owner="o", purpose="p", version=1)
+
+    return await sealer.write(database, work)
+
+
+async def test_a_next_data_key_opens_everywhere_before_it_seals_anywhere(database: Database) -> None:
+    keyring = a_keyring()
+    here = await open_sealer(database, keyring)
+    first = here.current_key_id
+    following = await added(database, keyring)
+    await here.refresh(database)
+    started_now = await open_sealer(database, keyring)
+    for sealer in (here, started_now):
+        assert sealer.current_key_id == first
+        assert set(sealer.key_ids) == {first, following}
+    await switched(database, following)
+    envelope = await sealed_by(here, database)
+    assert Sealer.key_id_of(envelope) == first, "it has not heard of the switch, and the old key is still live"
+    await here.refresh(database)
+    assert here.current_key_id == following
+    assert here.open(envelope, owner="o", purpose="p", version=1) == b"hello"
+
+
+async def test_of_two_data_keys_the_one_that_was_switched_to_last_is_current(database: Database) -> None:
+    keyring = a_keyring()
+    here = await open_sealer(database, keyring)
+    made_last = a_data_key("dk_made_last", keyring, created_at=3e9)
+    switched_to_last = a_data_key("dk_switched_to_last", keyring, created_at=1.0)
+    made_last.activated_at, switched_to_last.activated_at = 3e9, 4e9
+    await database.transaction(lambda session: session.add_all([made_last, switched_to_last]))
+    await here.refresh(database)
+    assert here.current_key_id == "dk_switched_to_last"
+
+
+async def test_what_is_under_a_retired_data_key_opens_no_more(database: Database) -> None:
+    keyring = a_keyring()
+    here = await open_sealer(database, keyring)
+    first, envelope = here.current_key_id, await sealed_by(here, database)
+    await switched(database, await added(database, keyring))
+    await retired(database, first)
+    assert here.open(envelope, owner="o", purpose="p", version=1) == b"hello"
+    await here.refresh(database)
+    with refused():
+        here.open(envelope, owner="o", purpose="p", version=1)
+    assert first not in here.key_ids
+    assert first not in (await open_sealer(database, keyring)).key_ids
+
+
+async def test_a_process_that_slept_through_a_rotation_writes_under_the_new_key(database: Database) -> None:
+    keyring = a_keyring()
+    asleep = await open_sealer(database, keyring)
+    first = asleep.current_key_id
+    following = await added(database, keyring)
+    await switched(database, following)
+    await retired(database, first)
+    assert asleep.current_key_id == first
+    assert Sealer.key_id_of(await sealed_by(asleep, database)) == following
+    assert asleep.current_key_id == following
+
+
+async def test_nothing_is_written_where_every_data_key_was_retired(database: Database) -> None:
+    here = await open_sealer(database, a_keyring())
+    await retired(database, here.current_key_id)
+    ran: list[str] = []
+
+    def work(_session: Session, _seal: Seal) -> None:
+        ran.append("work")
+
+    with pytest.raises(KeyRetired):
+        await here.write(database, work)
+    with pytest.raises(SecretStoreUnavailable):
+        here.seal(b"hello", owner="o", purpose="p", version=1)
+    assert ran == []
+
+
+async def test_a_data_key_that_is_not_in_the_database_seals_nothing(database: Database) -> None:
+    await open_sealer(database, a_keyring())
+    with pytest.raises(KeyRetired):
+        await database.transaction(lambda session: require_live_key(session, "dk_made_up"))
+
+
+async def test_a_retired_key_encryption_key_wraps_no_data_key(database: Database) -> None:
+    keyring = a_keyring(entry("k1", 1))
+    await open_sealer(database, keyring)
+    await added(database, keyring)
+    await database.transaction(lambda session: session.execute(sa.update(KeyCheck).values(retired_at=1.0)) and None)
+    with pytest.raises(KeyRetired):
+        await added(database, keyring)
+    await open_sealer(database, keyring)  # it still opens, for what was restored
+
+
+async def test_a_start_that_would_wrap_the_first_data_key_by_a_retired_key_is_refused(database: Database) -> None:
+    old = KeyCheck(key_id="k1", check_value=check_value(a_keyring().newest), created_at=1.0, retired_at=2.0)
+    await database.transaction(lambda session: session.add(old))
+    with pytest.raises(SettingsError, match=r"\bk1 was retired"):
+        await open_sealer(database, a_keyring())
+    assert await data_keys(database) == []
+
+
+# --- key-encryption keys that are elsewhere ---------------------------------------------------------------------------
+
+
+class Elsewhere:
+    """Key-encryption keys behind a door: a keyring that can be out of reach."""
+
+    def __init__(self, *entries: str) -> None:
+        self.keyring = a_keyring(*entries)
+        self.out_of_reach = False
+
+    ids = property(lambda self: self.keyring.ids)
+    newest_id = property(lambda self: self.keyring.newest_id)
+
+    def check_value(self, key_id: str) -> str | None:
+        return "" if key_id in self.keyring.ids else None
+
+    async def wrap(self, data_key_id: str, data_key: bytes) -> tuple[str, bytes]:
+        await self._reached()
+        return await self.keyring.wrap(data_key_id, data_key)
+
+    async def unwrap(self, wrapped_by: str, data_key_id: str, wrapped: bytes) -> bytes:
+        await self._reached()
+        return await self.keyring.unwrap(wrapped_by, data_key_id, wrapped)
+
+    async def reload(self) -> bool:
+        await self._reached()
+        return False
+
+    async def _reached(self) -> None:
+        await asyncio.sleep(0)
+        if self.out_of_reach:
+            raise SecretStoreUnavailable
+
+
+async def test_a_start_while_the_keys_are_out_of_reach_fails_and_writes_nothing(database: Database) -> None:
+    elsewhere = Elsewhere()
+    elsewhere.out_of_reach = True
+    with pytest.raises(SecretStoreUnavailable):
+        await open_sealer(database, elsewhere)
+    assert await data_keys(database) == []
+    elsewhere.out_of_reach = False
+    here = await open_sealer(database, elsewhere)
+    assert await checks(database) == {"k1": ""}
+    elsewhere.out_of_reach = True
+    with pytest.raises(SecretStoreUnavailable):
+        await open_sealer(database, elsewhere)
+    assert Sealer.key_id_of(await sealed_by(here, database)) == here.current_key_id
+
+
+async def test_a_refresh_while_the_keys_are_out_of_reach_says_so_and_keeps_and_drops_what_it_can(
+    database: Database,
+) -> None:
+    elsewhere = Elsewhere()
+    here = await open_sealer(database, elsewhere)
+    first, older = here.current_key_id, await added(database, elsewhere.keyring)
+    await here.refresh(database)
+    newer = await added(database, elsewhere.keyring)
+    await retired(database, older)
+    elsewhere.out_of_reach = True
+    with pytest.raises(SecretStoreUnavailable):
+        await here.refresh(database)
+    assert here.key_ids == (first,)
+    elsewhere.out_of_reach = False
+    await here.refresh(database)
+    assert set(here.key_ids) == {first, newer}
+
+
+async def test_a_refresh_that_cannot_look_for_a_new_key_encryption_key_says_so(database: Database) -> None:
+    elsewhere = Elsewhere()
+    here = await open_sealer(database, elsewhere)
+    first, _ = here.current_key_id, await added(database, a_keyring(entry("k2", 2)))
+    elsewhere.out_of_reach = True
+    with pytest.raises(SecretStoreUnavailable):
+        await here.refresh(database)
+    assert (here.key_ids, here.current_key_id) == ((first,), first)
+
+
+async def test_starts_at_once_agree_on_one_data_key_also_where_wrapping_takes_a_while(database: Database) -> None:
+    sealers = await asyncio.gather(*(open_sealer(database, Elsewhere()) for _ in range(8)))
+    [row] = await data_keys(database)
+    assert {sealer.current_key_id for sealer in sealers} == {row.id}
+
+
+async def test_two_starts_at_once_with_different_keys_under_one_id_do_not_both_succeed(database: Database) -> None:
+    starts = [open_sealer(database, a_keyring(entry("k1", seed))) for seed in (1, 2)]
+    refusals = [one for one in await asyncio.gather(*starts, return_exceptions=True) if isinstance(one, SettingsError)]
+    assert len(refusals) == 1
+    assert len(await data_keys(database)) == 1

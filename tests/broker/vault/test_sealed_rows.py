@@ -12,17 +12,18 @@ import pytest
 import sqlalchemy as sa
 from sqlmodel import Session
 
-from broker.database import Database, SqliteDatabase, open_database
+from broker.database import Database, SqliteDatabase, open_database, opened
 from broker.errors import SecretStoreUnavailable
 from broker.models import DataKey, SealedSecret
 from broker.settings import Secret, Settings, SettingsError
 from broker.vault import SecretNotFound, SecretUnreadable, Vault, VaultConflict, open_vault
-from broker.vault.keyring import Keyring, Sealer, open_sealer, parse_keys, wrap_data_key
+from broker.vault.keyring import Keyring, Seal, Sealer, open_sealer, parse_keys, wrap_data_key
 from broker.vault.sealed_rows import SealedRows
 from tests.broker.vault.vault_contract import CONTRACT, an_owner
 
 KEK = "kek-1:" + base64.b64encode(bytes(range(32))).decode()
 ROWS = SealedSecret.__table__  # type: ignore[attr-defined]
+KEYS = DataKey.__table__  # type: ignore[attr-defined]
 CANARY = "CANARY-9f3e71c0d2b84a65"
 
 
@@ -255,22 +256,85 @@ async def test_an_envelope_that_holds_no_object_is_unreadable(vault: Vault, data
 async def test_a_secret_under_a_data_key_that_another_replica_made_opens(
     vault: Vault, database: Database, sealer: Sealer
 ) -> None:
-    keyring = a_keyring()
-    new = DataKey(
-        id="dk_new",
-        wrapped_by="kek-1",
-        wrapped=wrap_data_key(keyring.newest, "dk_new", b"n" * 32),
-        current=True,
-        created_at=4e9,
-    )
-    await database.transaction(lambda session: session.add(new))
-    replica = SealedRows(database, await open_sealer(database, keyring))
+    await database.transaction(lambda session: session.add(a_successor()))
+    replica = SealedRows(database, await open_sealer(database, a_keyring()))
     owner = an_owner()
     await filled(replica, owner)
     assert [row.key_id for row in await rows_of(database, owner)] == ["dk_new"]
     assert sealer.current_key_id != "dk_new"
     assert await vault.get(owner) == (1, {"of": owner, "n": 1})
     assert sealer.current_key_id == "dk_new"
+
+
+def a_successor() -> DataKey:
+    wrapped = wrap_data_key(a_keyring().newest, "dk_new", b"n" * 32)
+    return DataKey(id="dk_new", wrapped_by="kek-1", wrapped=wrapped, current=True, created_at=4e9)
+
+
+def retire_if_unused(session: Session, key_id: str) -> int:
+    """Do what the end of a rotation does: hold the key, count what is left under it, retire it only at zero."""
+    session.execute(sa.select(KEYS.c.id).where(KEYS.c.id == key_id).with_for_update())
+    left = session.execute(sa.select(sa.func.count()).select_from(ROWS).where(ROWS.c.key_id == key_id)).scalar_one()
+    if not left:
+        session.execute(sa.update(KEYS).where(KEYS.c.id == key_id).values(current=False, retired_at=1.0, wrapped=b""))
+    return int(left)
+
+
+async def test_a_put_by_a_process_that_slept_through_a_rotation_is_under_the_new_key(
+    vault: Vault, database: Database, sealer: Sealer
+) -> None:
+    owner, old = an_owner(), sealer.current_key_id
+    await database.transaction(lambda session: session.add(a_successor()))
+    assert await database.transaction(lambda session: retire_if_unused(session, old)) == 0
+    await filled(vault, owner)
+    assert [row.key_id for row in await rows_of(database, owner)] == ["dk_new"]
+    assert await vault.get(owner) == (1, {"of": owner, "n": 1})
+
+
+async def test_a_put_where_no_data_key_is_left_is_refused_and_writes_nothing(
+    vault: Vault, database: Database, sealer: Sealer
+) -> None:
+    owner = an_owner()
+    await database.transaction(lambda session: retire_if_unused(session, sealer.current_key_id))
+    with pytest.raises(SecretStoreUnavailable):
+        await filled(vault, owner)
+    assert await rows_of(database, owner) == []
+
+
+async def test_a_key_is_not_retired_past_a_put_that_is_under_way(postgres_url: str) -> None:
+    async with opened(postgres_url) as database:
+        sealer = await open_sealer(database, a_keyring())
+        old, writing, loop = sealer.current_key_id, asyncio.Event(), asyncio.get_running_loop()
+
+        def work(session: Session, seal: Seal) -> None:
+            loop.call_soon_threadsafe(writing.set)
+            session.execute(sa.text("SELECT pg_sleep(0.3)"))
+            sealed = seal(b"{}", owner="a", purpose="secret", version=1)
+            session.execute(sa.insert(ROWS).values(owner="a", version=1, key_id=old, sealed=sealed, created_at=1.0))
+
+        put = asyncio.create_task(sealer.write(database, work))
+        await writing.wait()
+        assert await database.transaction(lambda session: retire_if_unused(session, old)) == 1
+        await put
+
+
+async def test_a_put_waits_for_the_retirement_of_its_key_and_takes_the_next(postgres_url: str) -> None:
+    async with opened(postgres_url) as database:
+        sealer = await open_sealer(database, a_keyring())
+        old, retiring, loop = sealer.current_key_id, asyncio.Event(), asyncio.get_running_loop()
+        await database.transaction(lambda session: session.add(a_successor()))
+
+        def retire_slowly(session: Session) -> int:
+            left = retire_if_unused(session, old)
+            loop.call_soon_threadsafe(retiring.set)
+            session.execute(sa.text("SELECT pg_sleep(0.3)"))
+            return left
+
+        retirement = asyncio.create_task(database.transaction(retire_slowly))
+        await retiring.wait()
+        await filled(SealedRows(database, sealer), "a")
+        assert await retirement == 0
+        assert [row.key_id for row in await rows_of(database, "a")] == ["dk_new"]
 
 
 async def test_a_database_without_its_table_is_a_store_that_is_not_available(vault: Vault, database: Database) -> None:
@@ -289,7 +353,9 @@ async def test_a_database_without_its_table_is_a_store_that_is_not_available(vau
 async def test_a_refresh_that_fails_is_a_store_that_is_not_available(vault: Vault, database: Database) -> None:
     stranger = Sealer(a_keyring(), {"dk_stranger": b"s" * 32}, "dk_stranger")
     owner = an_owner()
-    await filled(SealedRows(database, stranger), owner)
+    await filled(vault, owner)
+    forged = stranger.seal(b'{"of":"x"}', owner=owner, purpose="secret", version=1)
+    await tamper(database, sa.update(ROWS).where(ROWS.c.owner == owner).values(sealed=forged))
     await tamper(database, sa.text("DROP TABLE data_keys"))
     with pytest.raises(SecretStoreUnavailable):
         await vault.get(owner)

@@ -1,0 +1,127 @@
+"""Exports: whoever has the public keys can tell that nothing was added, changed or left out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import pytest
+import sqlalchemy as sa
+
+from broker.audit import Audit, ExportVerification, check_export
+from broker.database import Database
+from tests.broker.audit.test_retention import chain_of
+from tests.broker.test_audit import KEY, OTHER_KEY, RECORDS, an_audit, entry, execute, rows_of, write
+
+
+async def lines_of(audit: Audit, since: float | None = None, until: float | None = None) -> list[bytes]:
+    text = "".join([part async for part in audit.export(since=since, until=until)])
+    return [line + b"\n" for line in text.encode().split(b"\n")[:-1]]
+
+
+def whole(count: int, first: int, last: int, *, links_checked: bool = False) -> ExportVerification:
+    return ExportVerification(ok=True, count=count, first=first, last=last, links_checked=links_checked)
+
+
+async def test_an_export_holds_every_record_with_its_subject_and_checks_with_and_without_the_root_keys(
+    database: Database,
+) -> None:
+    audit = an_audit(database)
+    detail = {"text": "é\n\u2028", "float": 0.1 + 0.2, "nested": [{"a": None}]}
+    await write(audit, database, *(entry(number, subject=f"acme:{number}", detail=detail) for number in range(2_100)))
+    lines = await lines_of(audit)
+    told = [json.loads(line) for line in lines]
+    assert [line for line in told if "seal" not in line][1:] == await rows_of(database, RECORDS)
+    assert [line["seal"]["last"] for line in told if "seal" in line] == [1_000, 2_000, 2_100]
+    assert check_export(lines, audit.checkpoint_keys()) == whole(2_100, 1, 2_100)
+    assert audit.check_export(lines) == whole(2_100, 1, 2_100, links_checked=True)
+
+
+async def test_an_empty_chain_exports_as_a_whole_file(database: Database) -> None:
+    audit = an_audit(database)
+    lines = await lines_of(audit)
+    assert len(lines) == 2
+    assert check_export(lines, audit.checkpoint_keys()) == ExportVerification(ok=True, count=0)
+    assert audit.check_export(lines).ok
+
+
+async def test_an_export_is_the_stretch_between_two_times(database: Database) -> None:
+    audit = an_audit(database)
+    await chain_of(audit, database, 6)
+    times = [row["at"] for row in await rows_of(database, RECORDS)]
+    lines = await lines_of(audit, since=times[1], until=times[4])
+    assert [json.loads(line)["number"] for line in lines[1:-1]] == [2, 3, 4]
+    assert audit.check_export(lines) == whole(3, 2, 4, links_checked=True)
+    nothing = await lines_of(audit, since=times[5] + 1)
+    assert audit.check_export(nothing).count == 0
+    assert len(nothing) == 2
+
+
+async def test_an_export_behind_the_floor_and_over_two_keys_checks(database: Database) -> None:
+    audit = an_audit(database)
+    await chain_of(audit, database, 6)
+    await audit.cut(older_than_days=0)
+    rotated = Audit(database, OTHER_KEY, sinks=["database"], checkpoints=[], previous_keys=[KEY])
+    await chain_of(rotated, database, 3)
+    lines = await lines_of(rotated)
+    assert rotated.check_export(lines) == whole(4, 7, 10, links_checked=True)
+    assert check_export(lines, audit.checkpoint_keys()).problem == "forged", (
+        "its seal is of a key that is not known there"
+    )
+
+
+Change = Callable[[list[bytes]], list[bytes]]
+CHANGES: dict[str, tuple[Change, str, int]] = {
+    "an edit": (lambda lines: [line.replace(b'"clr_3"', b'"clr_4"') for line in lines], "forged", 1_001),
+    "an edit after the first seal": (
+        lambda lines: [line.replace(b'"clr_1200"', b'"clr_1"') for line in lines], "forged", 1_303,
+    ),
+    "a line removed": (lambda lines: lines[:5] + lines[6:], "removed", 6),
+    "two lines swapped": (lambda lines: [*lines[:5], lines[6], lines[5], *lines[7:]], "removed", 6),
+    "a line added": (lambda lines: [*lines, lines[-2]], "forged", 1_304),
+    "the end cut": (lambda lines: lines[:1_100], "cut", 1_100),
+    "the end cut at a seal": (lambda lines: lines[:1_002], "cut", 1_002),
+    "the seal cut": (lambda lines: lines[:-1], "cut", 1_302),
+    "the beginning cut": (lambda lines: lines[1:], "not_an_export", 1),
+    "no JSON": (lambda lines: [*lines[:7], b"hello\n", *lines[7:]], "forged", 8),
+    "another number": (lambda lines: [line.replace(b'"number":7,', b'"number":9,') for line in lines], "removed", 8),
+    "nothing": (lambda _: [], "not_an_export", 0),
+    "another file": (lambda _: [b"{}\n"], "not_an_export", 1),
+    "another signature": (
+        lambda lines: [line.replace(b'"signature":"', b'"signature":"00') for line in lines], "forged", 1_002,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHANGES)
+async def test_a_changed_file_is_named_by_who_has_only_the_public_keys(database: Database, name: str) -> None:
+    audit = an_audit(database)
+    await write(audit, database, *map(entry, range(1_300)))
+    change, problem, line = CHANGES[name]
+    found = check_export(change(await lines_of(audit)), audit.checkpoint_keys())
+    assert (found.ok, found.problem) == (False, problem)
+    assert found.line == (line if name != "an edit" else 1_002)
+    assert found.count in {0, 1_000, 1_300}
+
+
+async def test_with_the_root_keys_an_edit_is_named_at_its_line(database: Database) -> None:
+    audit = an_audit(database)
+    await write(audit, database, *map(entry, range(20)))
+    lines = [line.replace(b'"clr_3"', b'"clr_4"') for line in await lines_of(audit)]
+    found = audit.check_export(lines)
+    assert (found.problem, found.line) == ("edited", 5)
+
+
+async def test_an_export_of_a_chain_that_was_tampered_with_says_what_stands_there(database: Database) -> None:
+    audit = an_audit(database)
+    await write(audit, database, *map(entry, range(5)))
+    await execute(
+        database,
+        sa.update(RECORDS).where(RECORDS.c.number == 2).values(actor="x"),
+        "UPDATE audit_records SET detail = '[1e999]' WHERE number = 4",
+    )
+    lines = await lines_of(audit)
+    assert check_export(lines, audit.checkpoint_keys()).ok, "the file is as the broker wrote it"
+    found = audit.check_export(lines)
+    assert (found.problem, found.line) == ("edited", 3)
+    assert json.loads(lines[4])["detail"] == "[1e999]"
