@@ -413,7 +413,6 @@ class Metrics:
         """Count a finished browser flow: ``connected`` or the flow's error code."""
         self.flows.labels(provider, outcome).inc()
 
-
     def caller_row_forged(self) -> None:
         """Count a look at a caller's row that no holder of the keyring wrote."""
         self.caller_rows_forged.inc()
@@ -449,7 +448,9 @@ def new_metrics(registry: CollectorRegistry | None = None) -> Metrics:
         audit_failures=counter("audit_failures", "Audit records and checkpoints that could not be written"),
         flows=counter("flows", "Browser flows by how they ended", ("provider", "outcome")),
         caller_rows_forged=counter("caller_rows_forged", "Looks at a caller's row that the broker did not write"),
-        caller_key_end=gauge("caller_key_end_timestamp_seconds", "When the next live caller key ends, as the worker saw"),
+        caller_key_end=gauge(
+            "caller_key_end_timestamp_seconds", "When the next live caller key ends, as the worker saw"
+        ),
     )
 
 

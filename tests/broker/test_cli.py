@@ -117,8 +117,8 @@ def test_help_says_what_a_command_and_each_of_its_parameters_does(path: tuple[st
     said = re.sub(r"\s", "", done.stdout)  # lines are broken at hyphens too
     for sentence in [command.help, *(one.help for one in command.params)]:
         assert sentence
-        assert sentence[0].isupper() or sentence.startswith("admin,")
-        assert sentence.rstrip().endswith((".", "con_…", "clr_…"))
+        assert sentence[0].isupper() or sentence.startswith(("admin,", "encryption,", "freeze "))
+        assert sentence.rstrip().endswith((".", "con_…", "clr_…", "rot_…", "rev_…"))
         assert re.sub(r"\s", "", sentence) in said
     assert "<str>" not in done.stdout.partition("Options:")[2]
     assert all(len(line) <= 80 for line in done.stdout.splitlines())
@@ -246,7 +246,7 @@ def test_a_question_makes_no_schema_in_an_empty_postgresql(shell: Terminal, empt
     empty = {"BROKER_DATABASE_URL": empty_postgres_url, "BROKER_ADMIN_KEY": key}
     for question in (("callers", "list"), ("audit", "tail")):
         assert shell.refused(*question, **empty) == "broker: the database has no schema; `broker migrate` makes it\n"
-    assert shell.ok("migrate", **empty) == "The schema is at revision 0002.\n"
+    assert shell.ok("migrate", **empty) == "The schema is at revision 0003.\n"
     assert "admin" in shell.ok("callers", "list", **empty)
 
 

@@ -98,9 +98,12 @@ def test_a_keyring_file_is_read_from_the_environment() -> None:
 
 
 def test_every_setting_is_in_the_list_above() -> None:
-    assert {name for name, _, _ in READ} | {"keyring_file", "mtls_header", "provider_credentials"} | VAULT_READ == set(
-        Settings.model_fields
-    )
+    assert {name for name, _, _ in READ} | {
+        "keyring_file",
+        "mtls_header",
+        "provider_credentials",
+        "vault_fallback",
+    } | VAULT_READ == set(Settings.model_fields)
 
 
 def test_the_clients_that_the_environment_brings_are_kept_whole() -> None:

@@ -15,12 +15,13 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import sqlalchemy as sa
 
 from broker.credentials import sha256_hex
 from broker.demo.sandbox import Fault
+from broker.errors import BrokerError
 from broker.models import Connection, RefreshLease
 from tests.commands import ROOT, free_port
 from tests.crash.evidence import (
@@ -37,6 +38,8 @@ from tests.crash.evidence import (
 )
 from tests.crash.processes import Site, connected, import_over, is_up, process_environment, token_of, token_request
 
+T = TypeVar("T")
+INSIST_SECONDS = 60.0
 AT_ONCE = 10  # connections that are refreshed in a round
 SPREAD_SECONDS = 0.25  # over which their callers begin
 CALLERS = 2  # of each connection, at different processes
@@ -219,7 +222,7 @@ class Campaign:
         self.accounts.append(account)
         minted = self.site.sandbox.state.mint(account.login, "openid")
         self.sandbox_log.knows(minted["refresh_token"])
-        account.connection_id = await import_over(self.site, account.login, minted)
+        account.connection_id = await insisted(lambda: import_over(self.site, account.login, minted))
         return account
 
     def _begin(self, work: Awaitable[None]) -> None:
@@ -462,14 +465,27 @@ class Campaign:
 
     async def _end_leases(self, owners: set[str]) -> None:
         over = sa.update(RefreshLease).where(sa.column("owner").in_(owners)).values(expires_at=0.0)
-        await self._database.transaction(lambda session: session.execute(over))
+        await insisted(lambda: self._database.transaction(lambda session: session.execute(over)))
 
     async def _end_waits(self) -> None:
         over = sa.update(Connection).where(sa.column("refresh_not_before_at").is_not(None))
-        await self._database.transaction(lambda session: session.execute(over.values(refresh_not_before_at=0.0)))
+        over = over.values(refresh_not_before_at=0.0)
+        await insisted(lambda: self._database.transaction(lambda session: session.execute(over)))
 
     async def final_answer(self, account: Account) -> tuple[int, str]:
         """Ask once more, at the end: the digest of the token, or the refusal."""
         async with connected(self._serving[0].port) as wire:
             status, body = await wire.ask(token_request(self.site, account.connection_id))
         return status, sha256_hex(token_of((status, body))) if status == 200 else body.decode()
+
+
+async def insisted(action: Callable[[], Awaitable[T]]) -> T:
+    """Do it, and again while it is refused with a 503: a frozen process may hold a lock that its backend was waiting for."""
+    ends_at = time.monotonic() + INSIST_SECONDS
+    while True:
+        try:
+            return await action()
+        except BrokerError as error:
+            if error.status != 503 or time.monotonic() > ends_at:
+                raise
+        await asyncio.sleep(0.2)

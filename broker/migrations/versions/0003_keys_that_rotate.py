@@ -104,9 +104,7 @@ def _revocations() -> None:
         sa.Column("not_before_at", sa.Float(53), nullable=True),
         sa.Column("at", sa.Float(53), nullable=True),
     )
-    op.create_index(
-        "ix_revocation_results_open", "revocation_results", ["revocation_id", "result", "connection_id"]
-    )
+    op.create_index("ix_revocation_results_open", "revocation_results", ["revocation_id", "result", "connection_id"])
 
 
 def _count() -> sa.types.TypeEngine[int]:
