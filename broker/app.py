@@ -89,7 +89,7 @@ from broker.rotation.system import SystemKeyClass
 from broker.sessions import Sessions
 from broker.settings import Settings, SettingsError, load_settings
 from broker.telemetry import Metrics, access_line, configure_logging, new_metrics, render
-from broker.vault import Vault, open_server, open_vault, open_wrapping
+from broker.vault import Store, open_server, open_vault, open_wrapping
 from broker.vault.cache import CachedVault
 from broker.vault.keyring import Sealer, Wrapping, open_sealer
 from broker.vault.system_keys import SystemKeys
@@ -115,7 +115,7 @@ class Parts:
     settings: Settings
     database: Database
     sealer: Sealer
-    vault: Vault
+    vault: Store
     audit: Audit
     egress: Egress
     callers: Callers

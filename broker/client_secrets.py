@@ -3,7 +3,8 @@
 A canary is a row of ``rotations`` of the class ``client-secret``, made with the candidate. Any process may do its next part,
 one at a time by a lease: try the candidate with the connection that was used most lately, in front of the live secrets, so
 that a connection suffers nothing by a wrong one. The first refusal of the client ends it. What else goes wrong says nothing
-of the secret: another connection is tried, later on if the provider is in trouble.
+of the secret: another connection is tried, later on if the provider is in trouble. What a part came to counts only while
+nobody paused the canary: a paused one neither promotes nor rolls back.
 """
 
 from __future__ import annotations
@@ -179,15 +180,23 @@ class Canaries:
 
     async def _promote(self, rotation: Rotation, reason: str) -> None:
         name, secret_id = rotation.detail["integration"], str(rotation.new_key)
-        await self._integrations.promote_secret(name, secret_id, None, reason=reason)
+        if not await self._integrations.promote_proven(name, secret_id, owner=self._owner, reason=reason):
+            await self._let_go(rotation)
+            return
         log.info("canary.promoted", rotation_id=rotation.id, integration=name, secret_id=secret_id, reason=reason)
         await self._note(name, "info", f"a new client secret went live: {reason}")
 
     async def _roll_back(self, rotation: Rotation, reason: str) -> None:
         name, secret_id = rotation.detail["integration"], str(rotation.new_key)
-        await self._integrations.roll_back_secret(name, secret_id, reason=reason)
+        if not await self._integrations.roll_back_secret(name, secret_id, owner=self._owner, reason=reason):
+            await self._let_go(rotation)
+            return
         log.warning("canary.rolled_back", rotation_id=rotation.id, integration=name, secret_id=secret_id, reason=reason)
         await self._note(name, "error", f"a new client secret was rolled back: {reason}")
+
+    async def _let_go(self, rotation: Rotation) -> None:
+        """Give back the lease of a canary that somebody paused meanwhile: who resumes it need not wait for its end."""
+        await self._database.transaction(lambda session: _release(session, rotation.id, self._owner))
 
     async def _note(self, name: str, level: str, text: str) -> None:
         await self._integrations.note(name, action="client_secret", level=level, text=text)

@@ -179,12 +179,14 @@ class Connections:
     async def token(self, connection_id: str, ask: Ask, asking: Asking) -> Handout:
         """Return a fresh token, after its hand-out is durably audited (AuditUnavailable otherwise: nothing leaves).
 
-        Where that took over ``RECHECK_SECONDS``, who asks, what they may and whether the connection was stopped is found out
-        once more before it leaves, after a record that waited too: such a record tells of an attempt.
+        Where that took over ``RECHECK_SECONDS``, the first read with it, who asks, what they may and whether the connection was
+        stopped is found out once more before it leaves, after a record that waited too: such a record tells of an attempt. How
+        long the last look itself takes is not looked at.
         """
+        began = time.monotonic()
         row = await self._snapshot(connection_id)
         await self._require_token(row, asking.principal)
-        return await self._hand_out(row, ask, asking)
+        return await self._hand_out(row, ask, asking, began)
 
     async def _snapshot(self, connection_id: str) -> Snapshot:
         row = await self._snapshots.submit(connection_id)
@@ -206,7 +208,7 @@ class Connections:
 
     async def token_for(self, integration: str, subject: str, ask: Ask, asking: Asking) -> Handout:
         """As ``token``, finding the connection of (integration, subject); AmbiguousConnection when several fit."""
-        principal = asking.principal
+        began, principal = time.monotonic(), asking.principal
         found = await self._database.query(lambda one: snapshots_of(one, integration, subject))
         rows = [row for row in found if policy.allowed(principal, "token", target_of(row))]
         if not rows:
@@ -218,10 +220,10 @@ class Connections:
         usable = [row for row in rows if row.status == "active"] or rows
         if len(usable) > 1:
             raise AmbiguousConnection
-        return await self._hand_out(usable[0], ask, asking)
+        return await self._hand_out(usable[0], ask, asking, began)
 
-    async def _hand_out(self, row: Snapshot, ask: Ask, asking: Asking) -> Handout:
-        began = time.monotonic()
+    async def _hand_out(self, row: Snapshot, ask: Ask, asking: Asking, began: float) -> Handout:
+        """Hand out what ``row`` names. ``began``: before it was read (monotonic); what was stopped since may be unseen."""
         principal = asking.principal
         try:
             configured = await self._integrations.configured_at(row.integration, row.integration_version, row.variables)
@@ -254,7 +256,7 @@ class Connections:
         """Make the provider's identity call with the newest active connection of an integration, if there is one.
 
         Returns a check as ``probe`` does, None without a connection or an identity call. The use is audited before it is
-        made; whose connection it was stands in the audit only.
+        made, and not made where the connection was stopped until then; whose connection it was stands in the audit only.
         """
         query = select(Connection).where(
             Connection.integration == name, Connection.status == "active", col(Connection.deleted_at).is_(None)
@@ -269,6 +271,7 @@ class Connections:
         try:
             handout = await self._credentials.fresh(row, configured, Ask(), at)
             await self._audit.record(_entry("integration.tested", row, principal))
+            require_usable((await self._row(row.id))[0])  # a refresh and the record took long enough for a freeze
             account = await egress.converse(
                 configured.provider.identify(_bearer_only(configured, handout, at)), origins=set(row.pins.values())
             )
@@ -386,6 +389,7 @@ class Connections:
 
             def work(session: Session) -> Connection:
                 freezes = active_freezes(session)
+                require_not_ending(session, existing_id)  # once more: no revocation begins while this lasts
                 require_lease(session, claimed.lease)
                 row = session.get(Connection, existing_id, with_for_update=True)
                 if row is None or row.deleted_at is not None:

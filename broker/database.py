@@ -401,7 +401,11 @@ class PostgresDatabase:
         plain: dict[str, Any] = {"hide_parameters": True, **pool}
         # Asking whether a connection is still alive takes a round trip, three in a transaction. What may be done once more
         # is done without asking.
-        self._writer = create_async_engine(url, connect_args=writing, pool_pre_ping=True, **plain)
+        # The floor of a rotation waits for a lock and then counts: it has to see what was committed meanwhile, whatever the
+        # database or the role would begin transactions with.
+        self._writer = create_async_engine(
+            url, connect_args=writing, pool_pre_ping=True, isolation_level="READ COMMITTED", **plain
+        )
         self._reader = create_async_engine(url, connect_args=reading, isolation_level="AUTOCOMMIT", **plain)
         plain["pool_size"] = SINGLE_CONNECTIONS
         self._single = create_async_engine(url, connect_args=writing, isolation_level="AUTOCOMMIT", **plain)
@@ -487,6 +491,7 @@ def _postgres_arguments(busy_seconds: float, statement_seconds: float, **setting
         "command_timeout": statement_seconds + busy_seconds,  # for a server that went silent; its own limit is first
         "server_settings": {
             "application_name": "credential-broker",
+            "default_transaction_isolation": "read committed",  # also for what runs on autocommit
             "lock_timeout": f"{busy_seconds}s",
             "statement_timeout": f"{statement_seconds}s",
             # Shorter than others wait for a lock: a process that stands still inside a transaction (a paused machine) loses

@@ -108,6 +108,8 @@ class Integration(SQLModel, table=True):
     test_error: str | None = None
     created_at: float = _time(nullable=False)
     updated_at: float = _time(nullable=False)
+    endpoints_changed_at: float | None = _time()
+    rebound_at: float | None = _time()
 
 
 class ClientSecret(SQLModel, table=True):
@@ -239,7 +241,7 @@ class Connection(SQLModel, table=True):
     variables: dict[str, str] = _json(dict)
     scopes: list[str] = _json(list)
     missing_scopes: list[str] = _json(list)
-    secret_version: int = 0
+    secret_version: int = 0  # -n: none any more, and n was the last number; the next one is n + 1
     refreshable: bool = False
     token_expires_at: float | None = _time(index=True)
     refresh_expires_at: float | None = _time()
@@ -338,8 +340,9 @@ class SealedSecret(SQLModel, table=True):
 class DataKey(SQLModel, table=True):
     """A data key, wrapped by a key-encryption key (of the keyring, or Vault's Transit).
 
-    Next (not yet activated) → current → previous → retired. What is retired was shredded: ``wrapped`` is empty, and a write
-    that was sealed under it is refused in its own transaction.
+    Next (not yet activated) → current → previous → retired. What is retired is loaded nowhere, and a write that was sealed
+    under it is refused in its own transaction. A day later it is shredded (``wrapped`` is empty), or previous once more if
+    something readable was found under it.
     """
 
     __tablename__ = "data_keys"

@@ -16,7 +16,7 @@ from broker.models import Rotation, rfc3339
 from broker.policy import Principal
 from broker.rotation import ClassReport, KeyRow, Rotations
 
-INTERNAL = frozenset({"pass", "clean_at"})  # the engine's own notes in a rotation's detail
+INTERNAL = frozenset({"pass", "clean_at", "tried", "waits"})  # the engine's own notes in a rotation's detail
 
 
 class RotateBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):

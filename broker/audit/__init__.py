@@ -168,6 +168,11 @@ class Audit:
         """Return a keyed digest of a credential: joins records without a hash that anyone could compute."""
         return mac(self._keys.current.digest, secret)
 
+    def digests(self, secret: str) -> frozenset[str]:
+        """Return what ``digest`` says and, for what was kept before a rotation, would have said under every other root key."""
+        self.take_keys()
+        return frozenset(mac(keys.digest, secret) for keys in self._keys.by_id.values())
+
     def subject_digest(self, subject: str) -> str:
         """Return the digest that stands for ``subject`` in the records, after an erasure too."""
         return self._keys.current.subject_digest(subject)
@@ -336,15 +341,19 @@ class Audit:
         await self.refresh_keys()
         return await verify_chain(self._database, self._keys, self._places)
 
-    def export(self, *, since: float | None = None, until: float | None = None) -> AsyncGenerator[str]:
+    async def export(self, *, since: float | None = None, until: float | None = None) -> AsyncGenerator[str]:
         """Yield records as JSON lines, one or more at a time, with the subjects that are not erased; see ``audit.export``.
 
-        ``since <= at < until``, epoch seconds. Raises ``DatabaseUnavailable``, ``AuditUnavailable``.
+        ``since <= at < until``, epoch seconds. Every link is checked on the way: a break is named in the seals, of which none
+        is then ``complete``. Raises ``DatabaseUnavailable``, ``AuditUnavailable``.
         """
-        return export_lines(self._database, self._keys, since=since, until=until)
+        await self.refresh_keys()
+        async with contextlib.aclosing(export_lines(self._database, self._keys, since=since, until=until)) as parts:
+            async for lines in parts:
+                yield lines
 
     def check_export(self, lines: Iterable[bytes]) -> ExportVerification:
-        """Check the lines of an export with the root keys: its seals, and each record's link to the one before."""
+        """Check the lines of an export with the root keys: its seals, each record's link to the one before, and its subject."""
         return check_export(lines, self.checkpoint_keys(), self._keys)
 
     async def search(

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from sqlmodel import Session
+import sqlalchemy as sa
+from sqlmodel import Session, col
 
 from broker.audit.chain import KeySet
 from broker.audit.checkpoints import forget_before, newest_before
@@ -17,9 +18,12 @@ from broker.audit.verify import Known, read_known
 from broker.audit.walk import Position, walk
 from broker.database import Database, now
 from broker.errors import AuditUnavailable
+from broker.models import AuditRecord
 
 PIECE = 5_000
 ACTION = "audit.cut"
+ROWS_STATED = ("caller.rows_marked", "caller.rows_taken_over")
+"""Records of all rows of callers. The newest is kept with what follows: only it tells an older row that was put back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,20 +39,22 @@ async def next_piece(database: Database, keys: KeySet, *, older_than_seconds: fl
     """Return the next piece that may go, None when there is none.
 
     Everything in it was written before a checkpoint that is older, and every link of it was verified: what is broken is
-    evidence, and is not removed (``AuditUnavailable``).
+    evidence, and is not removed (``AuditUnavailable``). The newest record of all rows of callers stays, and all behind it.
     """
     known = await read_known(database, keys)
     if not known.floor.genuine:
         raise AuditUnavailable("The floor of the audit chain was changed from outside")
     above = known.floor.number
-    target = await database.read(partial(_target, keys=keys, age_seconds=older_than_seconds, above=above))
-    if target is None:
-        return None
-    return await _verified(database, keys, known, min(target["count"], above + PIECE))
+    until = await database.read(partial(_until, keys=keys, age_seconds=older_than_seconds, above=above))
+    return await _verified(database, keys, known, until) if until > above else None
 
 
-def _target(session: Session, *, keys: KeySet, age_seconds: float, above: int) -> Any:  # noqa: ANN401 - a row or None
-    return newest_before(session, keys=keys, before=now(session) - age_seconds, above=above)
+def _until(session: Session, *, keys: KeySet, age_seconds: float, above: int) -> int:
+    target = newest_before(session, keys=keys, before=now(session) - age_seconds, above=above)
+    query = sa.select(sa.func.max(AuditRecord.number)).where(col(AuditRecord.action).in_(ROWS_STATED))
+    stated = session.execute(query.where(col(AuditRecord.action) != "connection.token")).scalar()
+    until = above if target is None else min(int(target["count"]), above + PIECE)
+    return until if stated is None else min(until, int(stated) - 1)
 
 
 async def _verified(database: Database, keys: KeySet, known: Known, until: int) -> Piece | None:

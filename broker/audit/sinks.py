@@ -49,6 +49,9 @@ class Writer:
         )
         self._thread: threading.Thread | None = None
         self._round = 0
+        self._begun = 0
+        self._given_up = 0  # how many had begun when some were last given up
+        self._ended = 0  # the thread's own count
 
     def begin(self, lines: str) -> asyncio.Future[None]:
         """Write whole lines, durably, after those before; the future fails with ``AuditUnavailable`` where that fails."""
@@ -57,11 +60,17 @@ class Writer:
             self._thread.start()
         loop = asyncio.get_running_loop()
         done: asyncio.Future[None] = loop.create_future()
+        self._begun += 1
         self._waiting.put((self._round, lines, loop, done))
         return done
 
     async def write(self, lines: str, deadline_seconds: float) -> None:
-        """As ``begin``, and wait for it: ``AuditUnavailable`` also after the deadline. The lines may be written later."""
+        """As ``begin``, and wait for it: ``AuditUnavailable`` also after the deadline. The lines may be written later.
+
+        Refused at once while a write that was given up still hangs: what is tried again meanwhile must not pile up behind it.
+        """
+        if self._ended < self._given_up:
+            raise AuditUnavailable(NOT_WRITTEN)
         try:
             await asyncio.wait_for(self.begin(lines), deadline_seconds)
         except TimeoutError:
@@ -71,6 +80,7 @@ class Writer:
     def give_up(self) -> None:
         """Drop what waits behind the write that is under way, so that nothing is written out of order later."""
         self._round += 1
+        self._given_up = self._begun
 
     def _run(self) -> None:
         while True:
@@ -84,6 +94,7 @@ class Writer:
                     failure.__cause__ = error
             else:
                 failure = AuditUnavailable(NOT_WRITTEN)
+            self._ended += 1
             try:
                 loop.call_soon_threadsafe(_end, done, failure)
             except RuntimeError:  # the loop is closed: nobody waits any more

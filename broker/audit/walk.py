@@ -76,7 +76,7 @@ async def walk(
         if not rows:
             return Walked(at, count)
         for row in rows:
-            problem = _problem(keys, row, at)
+            problem = problem_of(keys, row, at)
             if problem is not None:
                 gap = 0 if until is None else until - at.number - _accepted_numbers(spans, at.number)
                 named = await _named(database, keys, problem, row, start.chain, (at.number, gap))
@@ -120,7 +120,7 @@ async def _next_records(database: Database, number: int, until: int | None) -> S
     return [dict.fromkeys(RECORDS.c.keys())]
 
 
-def _problem(keys: KeySet, row: Row, before: Position) -> Problem | None:
+def problem_of(keys: KeySet, row: Row, before: Position) -> Problem | None:
     """Return what is wrong with the row behind ``before``, as far as it shows by itself. Pure."""
     if row["number"] is None:
         return "edited"

@@ -1,8 +1,8 @@
 """Short-lived tokens of our own (RFC 8693, RFC 9068): signed, narrowed, and worth nothing without the caller behind them.
 
-A token names its caller, the key that it was made with, and the grants that it was narrowed to. What it allows is worked out
-at each look: what those grants and the caller's of now both allow. Signed with Ed25519 by a key derived from the current root
-key of purpose ``jwt-signing``; the keys of all states but retired verify.
+A token names its caller, the key (or the issuer's subject) that it was made with, and the grants that it was narrowed to. What
+it allows is worked out at each look: what those grants and the caller's of now both allow. Signed with Ed25519 by a key derived
+from the current root key of purpose ``jwt-signing``; the keys of all states but retired verify.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ REFRESH_SECONDS: Final = 5.0
 class Exchanged:
     """What a token of ours says. ``key_id``: the caller's key behind it, None for a caller by rule. ``grants`` None: all.
 
-    ``seconds``: how long a fresh one lives; 0 for one that was read.
+    ``seconds``: how long a fresh one lives; 0 for one that was read. ``subject``, ``claims_mark``: whom the issuer knows the
+    caller by rule as, and the claims that its rule asked for (``Rule.claims_mark``); None for a caller with a key.
     """
 
     token_id: str
@@ -54,6 +55,8 @@ class Exchanged:
     grants: tuple[Grant, ...] | None
     ends_at: float
     seconds: int = 0
+    subject: str | None = None
+    claims_mark: str | None = None
 
 
 class Exchange:
@@ -78,6 +81,8 @@ class Exchange:
             "iat": int(at),
             "exp": int(told.ends_at),
             "key": told.key_id,
+            "rule_subject": told.subject,
+            "rule_claims": told.claims_mark,
             "grants": None if told.grants is None else [grant_json(grant) for grant in told.grants],
         }
         claims = {name: value for name, value in claims.items() if value is not None}
@@ -124,7 +129,8 @@ def told_by(claims: Mapping[str, Any], issuer: str, at: float) -> Exchanged:
     key_id = plain_text(claims.get("key"))
     if token_id is None or caller_id is None or (key_id is None and "key" in claims):
         raise TokenRefused("the token names no caller")
-    return Exchanged(token_id, caller_id, key_id, _grants(claims), ends_at)
+    subject, claims_mark = plain_text(claims.get("rule_subject")), plain_text(claims.get("rule_claims"))
+    return Exchanged(token_id, caller_id, key_id, _grants(claims), ends_at, subject=subject, claims_mark=claims_mark)
 
 
 def _grants(claims: Mapping[str, Any]) -> tuple[Grant, ...] | None:
@@ -139,7 +145,7 @@ def _grants(claims: Mapping[str, Any]) -> tuple[Grant, ...] | None:
 def new_exchanged(
     caller_id: str, key_id: str | None, grants: Sequence[Grant] | None, *, at: float, ends_at: float
 ) -> Exchanged:
-    """Return what a fresh token is to say, with an id of its own."""
+    """Return what a fresh token is to say, with an id of its own; of a caller by rule the subject has to be added."""
     told = tuple(grants) if grants is not None else None
     return Exchanged(new_id("tok"), caller_id, key_id, told, ends_at, int(ends_at - at))
 

@@ -44,7 +44,7 @@ async def open_callers(
 ) -> AsyncIterator[CallerParts]:
     """Open the parts; close them before ``egress`` and the database. ``signing_keys``: of ``jwt-signing``, loaded.
 
-    Raises SettingsError for a wrong ``BROKER_TRUSTED_ISSUERS_FILE``, ``DatabaseUnavailable``.
+    Raises SettingsError for a wrong ``BROKER_TRUSTED_ISSUERS_FILE``, and what ``open_rows`` raises.
     """
     trust = load_trust(settings)
     row_keys = await open_rows(database, sealer, audit)
@@ -54,7 +54,9 @@ async def open_callers(
     exchange = Exchange(signing_keys, issuer=settings.public_url, seconds=settings.token_exchange_seconds)
     tokens = Tokens(database, audit, standing, issuers, exchange)
     callers = Callers(database, audit, rows, standing, tokens, certificates=_certificates(settings))
-    upkeep = Upkeep(database, audit, rows, on_next_end=metrics.caller_key_ends)
+    upkeep = Upkeep(
+        database, audit, rows, on_next_end=metrics.caller_key_ends, retention_days=settings.audit_retention_days
+    )
     try:
         yield CallerParts(callers, upkeep, row_keys)
     finally:

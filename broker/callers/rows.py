@@ -4,10 +4,12 @@ The MAC key is derived from the root keys of purpose ``rows`` (``vault.system_ke
 covers every column that decides who gets in and what they may do; not a caller's ``created_at`` nor a key's
 ``last_used_at`` and ``warned_at``, which decide nothing. Rows of an installation from before there were MACs are taken over
 once, in the transaction that makes the first such key. Afterwards a row without one is a forgery, also when all rows have
-lost theirs: the key's row, and a record in the audit chain, say that the taking over is done.
+lost theirs: the key's row, and a record in the audit chain, say that the taking over is done. Without the key's row the audit
+alone is asked, so it must be whole from its first record on, and know each of the rows.
 
 A genuine row that is put back in an older version still has its MAC. That is found by the audit: each change of a row
-records what its MAC begins with (``rows``), and ``put_back`` compares.
+records what its MAC begins with (``rows``), and ``put_back`` compares. A record of all rows (``ROWS_STATED``) is written before
+retention removes those behind it, and the newest one is never removed, so what the audit does not know is put back too.
 """
 
 from __future__ import annotations
@@ -24,19 +26,23 @@ import structlog
 from sqlmodel import Session, col, select
 
 from broker.audit import Audit, Entry
+from broker.audit.retention import ROWS_STATED
 from broker.database import Database
+from broker.errors import SecretStoreUnavailable
 from broker.models import AuditRecord, Caller, CallerKey, SystemKey
 from broker.vault.keyring import Sealer, derive_key
 from broker.vault.system_keys import SystemKeys, insert_key, owner_of
 
 PURPOSE: Final = "rows"
-TAKEN_OVER: Final = "caller.rows_taken_over"
+MARKED, TAKEN_OVER = ROWS_STATED
 LOCK: Final = 0x43414C4C  # "CALL": one change of callers at a time on PostgreSQL
 _COVERED: Final = {
     Caller: ("id", "name", "roles", "grants", "expires_at"),
     CallerKey: ("id", "caller_id", "key_digest", "expires_at", "revoked_at", "created_at"),
 }
+WAY_BACK: Final = "look at `broker audit verify`; delete the callers, set a new BROKER_ADMIN_KEY, and make them anew"
 Row = Caller | CallerKey
+Change = tuple[int, str, dict[str, Any]]  # number, action and detail of an audit record
 log = structlog.get_logger()
 
 
@@ -53,7 +59,12 @@ class RowMacs:
         row.mac = f"{current.id}:{row_mac(current.root, row)}"
 
     def is_genuine(self, row: Row) -> bool:
-        """Return whether the row is as some holder of the keyring left it, now or at an earlier time."""
+        """Return whether the row is as some holder of the keyring left it, now or at an earlier time.
+
+        ``SecretStoreUnavailable`` without any key: then nothing can be told, and a genuine row must not be called forged.
+        """
+        if not self._keys.all:
+            raise SecretStoreUnavailable("no key of the callers' rows opens")
         key_id, _, stored = (row.mac or "").partition(":")
         key = self._keys.get(key_id)
         return key is not None and hmac.compare_digest(row_mac(key.root, row).encode(), stored.encode())
@@ -78,24 +89,33 @@ def _mac_key(root: bytes) -> bytes:
 
 
 async def open_rows(database: Database, sealer: Sealer, audit: Audit) -> SystemKeys:
-    """Return the keys for ``RowMacs``, loaded; take over the rows of an older version, once (DatabaseUnavailable)."""
+    """Return the keys for ``RowMacs``, loaded; take over the rows of an older version, once.
+
+    Without a key the whole audit is verified first. Raises ``DatabaseUnavailable``, and ``AuditUnavailable`` when it cannot be
+    verified now: what is refused once is not taken over later.
+    """
     keys = SystemKeys(database, sealer, PURPOSE)
-    await sealer.write(database, lambda session, _: _take_over(session, keys, sealer, audit))
+    if await database.read(_has_no_key):
+        found = await audit.verify()
+        is_whole = found.ok and not found.floor and not found.accepted
+        await sealer.write(database, lambda session, _: _take_over(session, keys, sealer, audit, is_whole=is_whole))
     await keys.load()
     return keys
 
 
-def _take_over(session: Session, keys: SystemKeys, sealer: Sealer, audit: Audit) -> None:
+def _has_no_key(session: Session) -> bool:
+    return session.exec(select(SystemKey.id).where(SystemKey.purpose == PURPOSE)).first() is None
+
+
+def _take_over(session: Session, keys: SystemKeys, sealer: Sealer, audit: Audit, *, is_whole: bool) -> None:
     """Make the first key and sign all rows with it, unless that was done before, whatever the rows look like now."""
     lock_callers(session)
-    if session.exec(select(SystemKey.id).where(SystemKey.purpose == PURPOSE)).first() is not None:
+    if not _has_no_key(session):
         return
     rows: list[Row] = [*session.exec(select(Caller)), *session.exec(select(CallerKey))]
-    if session.exec(select(AuditRecord.number).where(AuditRecord.action == TAKEN_OVER)).first() is not None:
-        log.critical("caller.rows_key_missing", why="callers are refused: their MACs were made by a key that is gone")
-        return
-    if any(row.mac is not None for row in rows):
-        log.critical("caller.rows_key_missing", why="callers are refused: some have a MAC, and there is no key")
+    why = _why_not(rows, changes_since(session, -1), is_whole=is_whole)
+    if why is not None:
+        log.critical("caller.rows_key_missing", why=f"callers are refused: {why}", help=WAY_BACK)
         return
     first = keys.new_row("current")
     insert_key(session, first)
@@ -103,8 +123,27 @@ def _take_over(session: Session, keys: SystemKeys, sealer: Sealer, audit: Audit)
     for row in rows:
         row.mac = f"{first.id}:{row_mac(root, row)}"
         session.add(row)
-    detail = {"callers": sum(isinstance(row, Caller) for row in rows), "rows": len(rows), "key": first.id}
+    callers = sum(isinstance(row, Caller) for row in rows)
+    detail = {"callers": callers, "rows": {row.id: mark_of(row) for row in rows}, "key": first.id}
     audit.append(session, Entry(action=TAKEN_OVER, actor="system", detail=detail))
+
+
+def _why_not(rows: Sequence[Row], changes: Sequence[Change], *, is_whole: bool) -> str | None:
+    """Return why rows are not to be taken over, None when they are of a version without MACs (pure).
+
+    ``is_whole``: the audit verifies from its first record on, and no break of it was accepted. That version recorded every
+    caller and key that it made, and no MACs.
+    """
+    if any(action in {*ROWS_STATED, PUT_BACK} or "rows" in detail for _, action, detail in changes):
+        return "their MACs were made by a key that is gone"
+    if any(row.mac is not None for row in rows):
+        return "some have a MAC, and there is no key"
+    if not is_whole:
+        return "they have no MACs, and the audit, which would say whether they ever had, is not whole"
+    made = {str(detail.get(name)) for _, _, detail in changes for name in ("caller_id", "key_id")}
+    if any(row.id not in made for row in rows):
+        return "the audit does not know all of them, so the broker did not make them"
+    return None
 
 
 def lock_callers(session: Session) -> None:
@@ -125,10 +164,10 @@ def mark_of(row: Row) -> str | None:
     return (row.mac or "").rpartition(":")[2][:16] or None
 
 
-def changes_since(session: Session, number: int) -> Sequence[tuple[int, str, dict[str, Any]]]:
-    """Return (number, action, detail) of the audit's records of changed rows after ``number``, oldest first."""
+def changes_since(session: Session, number: int) -> Sequence[Change]:
+    """Return the audit's records of changed rows after ``number``, oldest first."""
     columns = (col(AuditRecord.number), col(AuditRecord.action), col(AuditRecord.detail))
-    query = sa.select(*columns).where(col(AuditRecord.action).in_([*CHANGES, PUT_BACK]))
+    query = sa.select(*columns).where(col(AuditRecord.action).in_([*CHANGES, PUT_BACK, *ROWS_STATED]))
     query = query.where(col(AuditRecord.action) != "connection.token")  # so the index of rare actions serves
     query = query.where(col(AuditRecord.number) > number).order_by(col(AuditRecord.number))
     return [(row[0], row[1], row[2]) for row in session.execute(query)]
@@ -142,5 +181,12 @@ def learned(known: dict[str, str | None], action: str, detail: Mapping[str, Any]
 
 
 def put_back(rows: Sequence[Row], known: Mapping[str, str | None]) -> list[Row]:
-    """Return the rows that are not as the audit last knew them: deleted there, or with another MAC (pure)."""
-    return [row for row in rows if row.id in known and known[row.id] != mark_of(row)]
+    """Return the rows that are not as the audit last knew them: deleted, unknown, or with another MAC (pure)."""
+    return [row for row in rows if known.get(row.id) != mark_of(row)]
+
+
+def stated_at(session: Session) -> float | None:
+    """Return when the audit last had a record of all rows, in seconds since 1970; None for never."""
+    query = select(AuditRecord.at).where(col(AuditRecord.action).in_(ROWS_STATED))
+    query = query.where(col(AuditRecord.action) != "connection.token")
+    return session.exec(query.order_by(col(AuditRecord.number).desc())).first()

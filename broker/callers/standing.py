@@ -89,15 +89,20 @@ class Standing:
         moment = now(session)
         if told.ends_at <= moment:
             return None
-        if told.key_id is None:
-            caller = self._trust.caller(told.caller_id)
-        else:
-            found = self._live(session, told.key_id, None, moment)
-            caller = principal_of(found[1], key_id="") if found is not None else None
+        caller = self._behind(session, told, moment)
         if caller is None or caller.caller_id != told.caller_id:
             return None
         grants = narrowed(caller, told.grants)
         return replace(caller, roles=frozenset({"service"}), grants=grants, key_id=told.token_id)
+
+    def _behind(self, session: Session, told: Exchanged, moment: float) -> Principal | None:
+        """Return the caller behind a token of ours, if its key is live, or if today's rules still let its subject in."""
+        if told.key_id is not None:
+            found = self._live(session, told.key_id, None, moment)
+            return principal_of(found[1], key_id="") if found is not None else None
+        if told.subject is None or told.claims_mark is None:
+            return None
+        return self._trust.caller_of_subject(told.caller_id, told.subject, told.claims_mark)
 
     def is_genuine(self, row: Row) -> bool:
         """Return whether a holder of the keyring wrote the row; another one is reported."""

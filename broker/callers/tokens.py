@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import structlog
@@ -172,6 +172,8 @@ class Tokens:
         if ends_at < at + 1:
             raise Unauthenticated
         told = new_exchanged(principal.caller_id, principal.key_id or None, kept, at=at, ends_at=ends_at)
+        if verified is not None:
+            told = replace(told, subject=verified.subject, claims_mark=verified.rule.claims_mark)
         token = self.exchange.issue(told, at=at)
         await self._audit.record(
             Entry(

@@ -7,6 +7,7 @@ pattern matches as a whole; the first rule that fits counts. The role is ``servi
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -51,6 +52,11 @@ class Rule:
         """What the ids of its callers begin with, after ``clr_``."""
         return _letters(_RULE_LETTERS, "rule", self.source, self.name)
 
+    @property
+    def claims_mark(self) -> str:
+        """A digest of the further claims that its subjects have."""
+        return _letters(_SUBJECT_LETTERS, "claims", json.dumps(dict(self.claims), sort_keys=True))
+
     def fits(self, subject: str, claims: Mapping[str, Any]) -> bool:
         """Return whether this is one of those who are meant; a claim must be of the same type too."""
         same = all(
@@ -91,6 +97,18 @@ class Trust:
         """Return what a caller by rule may do now, by its id alone; None when no rule of now made it."""
         mark = caller_id.removeprefix("clr_")[:_RULE_LETTERS]
         return next((rule.as_caller(caller_id) for rule in self._rules() if rule.mark == mark), None)
+
+    def caller_of_subject(self, caller_id: str, subject: str, claims_mark: str) -> Principal | None:
+        """Return what the caller may do now whom a rule made of this subject earlier; None when it would not today.
+
+        Of the subject's further claims only those are known that the rule asked for then, by their ``claims_mark``.
+        """
+        for issuer in self.issuers.values():
+            fitting = (rule for rule in issuer.rules if rule.subject.fullmatch(subject))
+            rule = next((one for one in fitting if not one.claims or one.claims_mark == claims_mark), None)
+            if rule is not None and rule.principal(subject).caller_id == caller_id:
+                return rule.principal(subject)
+        return None
 
     def _rules(self) -> list[Rule]:
         return [*self.certificates, *(rule for issuer in self.issuers.values() for rule in issuer.rules)]

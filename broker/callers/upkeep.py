@@ -11,7 +11,18 @@ import structlog
 from sqlmodel import Session, col, select
 
 from broker.audit import Audit, Entry
-from broker.callers.rows import PUT_BACK, Row, RowMacs, changes_since, learned, lock_callers, mark_of, put_back
+from broker.callers.rows import (
+    MARKED,
+    PUT_BACK,
+    Row,
+    RowMacs,
+    changes_since,
+    learned,
+    lock_callers,
+    mark_of,
+    put_back,
+    stated_at,
+)
 from broker.database import Database, now
 from broker.models import Caller, CallerKey, rfc3339
 
@@ -50,12 +61,17 @@ class Upkeep:
         rows: RowMacs,
         *,
         on_next_end: Callable[[float | None], None] | None = None,
+        retention_days: float | None = None,
     ) -> None:
-        """Keep the parts; ``on_next_end`` is told when the next live key ends (seconds since 1970), None for never."""
+        """Keep the parts; ``on_next_end`` is told when the next live key ends (seconds since 1970), None for never.
+
+        ``retention_days``: how long audit records are kept, None for ever.
+        """
         self._database = database
         self._audit = audit
         self._rows = rows
         self._on_next_end = on_next_end
+        self._state_seconds = None if retention_days is None else retention_days * DAY_SECONDS / 2
         self._marks: dict[str, str | None] = {}
         self._seen_number = -1
 
@@ -95,10 +111,11 @@ class Upkeep:
             self._audit.append(session, *entries)
 
     async def undo_put_back(self) -> None:
-        """End every row that is not as the audit last knew it: deleted there, revoked, or with other roles or grants.
+        """End every row that is not as the audit last knew it: deleted there, unknown, revoked, or with other roles or grants.
 
         Its MAC is genuine, so somebody wrote an older version of it into the database. A key is revoked, a caller ended, what
-        was deleted is deleted again. A row whose MAC is wrong needs nothing: it is refused already.
+        was deleted is deleted again. A row whose MAC is wrong needs nothing: it is refused already. Where audit records are
+        removed by retention, the rows are stated anew (``caller.rows_marked``) each half of that time.
         """
         await self._database.transaction(self._undo_put_back)
 
@@ -109,13 +126,23 @@ class Upkeep:
             self._seen_number = number
         rows: Sequence[Row] = [*session.exec(select(Caller)), *session.exec(select(CallerKey))]
         entries = [self._end(session, row) for row in put_back(rows, self._marks) if self._rows.is_genuine(row)]
+        if not entries and self._has_to_state(session):
+            # by the audit, not by the rows: those whose MACs cannot be checked now are not forgotten
+            marks = {row.id: self._marks[row.id] for row in rows if row.id in self._marks}
+            entries = [Entry(action=MARKED, actor="worker", detail={"rows": marks})]
         if entries:
             self._audit.append(session, *entries)
+
+    def _has_to_state(self, session: Session) -> bool:
+        if self._state_seconds is None:
+            return False
+        at = stated_at(session)
+        return at is None or now(session) - at >= self._state_seconds
 
     def _end(self, session: Session, row: Row) -> Entry:
         caller_id = row.caller_id if isinstance(row, CallerKey) else row.id
         log.critical("caller.row_put_back", table=type(row).__tablename__, row_id=row.id, caller_id=caller_id)
-        if self._marks[row.id] is None:
+        if self._marks.get(row.id, "unknown") is None:
             session.delete(row)
             mark = None
         else:

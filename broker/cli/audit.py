@@ -51,6 +51,7 @@ FILE_MEANINGS = {
     "forged": "the line, or the seal, is not this broker's",
     "removed": "a record is missing before this line",
     "edited": "the record does not fit the one before",
+    "broken": "the broker found its chain broken when it wrote the file",
     "cut": "the file ends without a last seal",
 }
 LONGEST_LINE = 1_048_576  # a longer one is none of ours
@@ -173,6 +174,8 @@ def _verify_file(file: Path, keys: Path | None, *, as_json: bool) -> None:
         raise typer.Exit(0 if verdict.ok else 1)
     if not verdict.ok:
         meaning = FILE_MEANINGS.get(verdict.problem or "", "")
+        if verdict.broken is not None:
+            meaning += printable(f" ({verdict.broken.get('problem')} at record {verdict.broken.get('number')})")
         fail(
             f"the export is not whole at line {verdict.line} ({verdict.problem}): {meaning}; {verdict.count} records fit"
         )

@@ -21,7 +21,7 @@ from broker.rotation import progress
 IDLE_SECONDS = 0.5
 SHOWN = ("id", "class", "state", "step", "old_key", "new_key", "total", "done", "failed")
 KeyClass = Annotated[
-    str, typer.Argument(metavar="CLASS", help="encryption, data, webhook-signing, jwt-signing, session or audit")
+    str, typer.Argument(metavar="CLASS", help="encryption, data, webhook-signing, jwt-signing, session or audit.")
 ]
 RotationId = Annotated[str, typer.Argument(metavar="ROTATION", help="The rotation's id, rot_…")]
 Shown = Callable[[Rotation, str], None]

@@ -34,9 +34,16 @@ from broker.credentials.journal import Journal
 from broker.credentials.leases import Claimed, Lease, LeaseLost, require_lease
 from broker.credentials.outcomes import Outcomes
 from broker.credentials.refreshing import Refreshing, Tried
-from broker.credentials.revoking import Revoked, Revoking
+from broker.credentials.revoking import Revoked, Revoking, SecretLost
 from broker.credentials.snapshots import Snapshot, find_snapshots
-from broker.credentials.stored_secrets import StoredSecrets, bearer_of, oauth_value, secret_owner, sha256_hex
+from broker.credentials.stored_secrets import (
+    StoredSecrets,
+    bearer_of,
+    destroyed_version,
+    oauth_value,
+    secret_owner,
+    sha256_hex,
+)
 from broker.credentials.upkeep import Backlog, Upkeep
 from broker.credentials.usable import Standing
 from broker.database import Database
@@ -45,7 +52,7 @@ from broker.integrations import Configured, Integrations
 from broker.models import Connection
 from broker.refresh import CONFIRM_SECONDS, Ask
 from broker.telemetry import Metrics
-from broker.vault import Vault
+from broker.vault import Store
 from broker.vault.keyring import Sealer
 
 __all__ = [
@@ -56,8 +63,10 @@ __all__ = [
     "Lease",
     "LeaseLost",
     "Revoked",
+    "SecretLost",
     "Tried",
     "bearer_of",
+    "destroyed_version",
     "oauth_value",
     "require_lease",
     "secret_owner",
@@ -76,7 +85,7 @@ class Credentials:
     def __init__(  # noqa: PLR0913 - its parts, then its paces, by name
         self,
         database: Database,
-        vault: Vault,
+        vault: Store,
         sealer: Sealer,
         egress: Egress,
         integrations: Integrations,
@@ -119,7 +128,7 @@ class Credentials:
             database, stored, refreshing, wait_seconds=wait_seconds, live_wait_seconds=live_wait_seconds
         )
         self._revoking = Revoking(database, stored, egress, integrations, audit, claims)
-        self._upkeep = Upkeep(database, vault, integrations)
+        self._upkeep = Upkeep(database, vault, integrations, claims)
 
     # Handing out
 
@@ -168,7 +177,8 @@ class Credentials:
     async def put(self, connection_id: str, value: Mapping[str, Any], *, expected_version: int) -> int:
         """Write the next version of a secret under the lease; return it, for the row to name.
 
-        ``expected_version`` is the one that the row names. A newer one that a crash left is no obstacle: it is taken if it
+        ``expected_version`` is the one that the row names, or -n where n was the last one and is destroyed: numbers go on
+        behind it. A newer one that a crash left is no obstacle: it is taken if it
         holds this value, else the row names it first, made a copy of what it names now. Raises SecretStoreUnavailable.
         """
         return await self._stored.put(connection_id, value, expected_version=expected_version)
@@ -182,18 +192,21 @@ class Credentials:
     async def revoke_at_provider(self, row: Connection) -> Revoked:
         """Revoke what the connection holds at its provider; for the holder of its lease. Nothing is written.
 
-        ``failed``: the provider did not confirm. Raises what the provider's calls raise, OriginChanged, and
-        SecretStoreUnavailable when the secret cannot be opened.
+        ``failed``: the provider did not confirm. Raises what the provider's calls raise, OriginChanged,
+        SecretStoreUnavailable, and of that SecretLost where the store answers and the secret does not open.
         """
         return await self._revoking.at_provider(row)
 
-    async def dispose(self, connection_id: str) -> Revoked:
+    async def dispose(self, connection_id: str, *, known: Revoked | None = None) -> Revoked:
         """Finish the deletion of a row marked ``deleted_at``: revoke, destroy the secret, remove the row.
+
+        ``known``: what the provider said already, or that it is not to be asked. Without it a row that a revocation or an
+        erasure still has to end is left alone (``skipped``): it needs the secret, and removes the row.
 
         May be repeated after a crash at any point. Raises SecretStoreUnavailable, DatabaseUnavailable, UpstreamTimeout,
         LeaseLost: then the row stays marked and the worker tries again.
         """
-        return await self._revoking.dispose(connection_id)
+        return await self._revoking.dispose(connection_id, known=known)
 
     # For the worker
 
@@ -216,7 +229,7 @@ class Credentials:
         return await self._upkeep.idle_integrations()
 
     async def left_behind(self, *, older_than_seconds: float) -> list[str]:
-        """Return connections whose deletion a crash cut off, a hundred at most."""
+        """Return connections whose deletion a crash cut off, a hundred at most; not those that a revocation has to end."""
         return await self._upkeep.left_behind(older_than_seconds=older_than_seconds)
 
     async def unsettled(self, *, limit: int = 1000) -> list[str]:
@@ -231,7 +244,7 @@ class Credentials:
         await self._claims.settle(connection_id)
 
     async def sweep_unreferenced(self, *, older_than_seconds: float = 86_400.0, at: float | None = None) -> int:
-        """Destroy secrets that no row names, left by a crash between vault and row; return how many.
+        """Destroy secrets that no row names, left by a crash between vault and row or by a move; return how many.
 
         ``at``: the time to count from, by default the database's now.
         """

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import sqlalchemy as sa
+from sqlalchemy.orm import Mapped
 from sqlmodel import Session, col, select
 
 from broker.audit import Entry
@@ -16,6 +17,16 @@ from broker.models import Connection, Revocation, RevocationResult
 
 ACTIVE = ("running", "done")  # the states in which a freeze holds
 FREEZE_LOCK = 0x42524F46  # "BROF": no connection becomes usable while a freeze begins or is lifted (PostgreSQL)
+# Not by a path such as $."name": SQLite's do not match a name that its text writes with escapes.
+_TAGS = {
+    "sqlite": (
+        "EXISTS (SELECT 1 FROM json_each(connections.tags) AS tag WHERE tag.key = :wanted_tag AND tag.value = :wanted_value)"
+    ),
+    "postgresql": (
+        "EXISTS (SELECT 1 FROM json_each_text(connections.tags) AS tag(key, value) "
+        "WHERE tag.key = :wanted_tag AND tag.value = :wanted_value)"
+    ),
+}
 _SCOPES = {
     "sqlite": "EXISTS (SELECT 1 FROM json_each(connections.scopes) AS one WHERE one.value = :wanted_scope)",
     "postgresql": (
@@ -75,7 +86,8 @@ class Selector:
         if self.subject is not None:
             found.append(col(Connection.subject) == self.subject)
         if self.tag is not None:
-            found.append(cast("Any", col(Connection.tags))[self.tag[0]].as_string() == self.tag[1])
+            has_tag = sa.text(_TAGS[dialect]).bindparams(wanted_tag=self.tag[0], wanted_value=self.tag[1])
+            found.append(cast("sa.ColumnElement[bool]", has_tag))
         if self.scope is not None:
             has_scope = sa.text(_SCOPES[dialect]).bindparams(wanted_scope=self.scope)
             found.append(cast("sa.ColumnElement[bool]", has_scope))
@@ -148,6 +160,13 @@ def require_not_ending(session: Session, connection_id: str) -> None:
     )
     if session.execute(open_ones.limit(1)).first() is not None:
         raise Conflict("the connection is being revoked at the provider; try again later")
+
+
+def being_ended(connection_id: str | sa.ColumnElement[str] | Mapped[str]) -> sa.ColumnElement[bool]:
+    """Return the condition that a revocation or an erasure still has to end this connection: it needs the secret for that."""
+    running = sa.select(col(Revocation.id)).where(col(Revocation.state) == "running")
+    mine = (col(RevocationResult.revocation_id).in_(running), col(RevocationResult.connection_id) == connection_id)
+    return sa.exists().where(*mine, col(RevocationResult.result) == "pending")
 
 
 def stopped_entry(

@@ -5,22 +5,29 @@ from __future__ import annotations
 from typing import Literal
 
 import sqlalchemy as sa
+import structlog
 from sqlmodel import Session, col, select
 
 from broker.audit import Audit
 from broker.credentials.claims import Claims
+from broker.credentials.freezes import being_ended
 from broker.credentials.leases import Lease, require_lease
 from broker.credentials.outcomes import system_entry
 from broker.credentials.stored_secrets import StoredSecrets
 from broker.credentials.usable import require_pinned, require_same_client
 from broker.database import Database, now
 from broker.egress import Egress
-from broker.errors import BrokerError
+from broker.errors import BrokerError, SecretStoreUnavailable
 from broker.integrations import Configured, Integrations
 from broker.models import Connection, RefreshAttempt, RefreshJournal, RefreshLease
 from providers.spec import Credential, Secret
 
 Revoked = Literal["revoked", "unsupported", "failed", "skipped", "skipped_shared_grant"]
+log = structlog.get_logger()
+
+
+class SecretLost(SecretStoreUnavailable):
+    """The store answers, but what it has of this connection does not open: no outage, so waiting does not help."""
 
 
 class Revoking:
@@ -61,16 +68,18 @@ class Revoking:
         done = await self._egress.converse(revocation.dialogue(credential), origins=set(row.pins.values()))
         return "revoked" if done else "failed"
 
-    async def dispose(self, connection_id: str) -> Revoked:
+    async def dispose(self, connection_id: str, *, known: Revoked | None = None) -> Revoked:
         """Finish the deletion of a row marked ``deleted_at``. See ``Credentials.dispose``."""
         async with self._claims.holding(connection_id) as claimed:
-            result = await self._revoke_deleted(claimed.row)
+            if known is None and await self._database.read(lambda session: _is_being_ended(session, connection_id)):
+                return "skipped"
+            result = known or await self._revoke_deleted(claimed.row)
             await self._stored.destroy(connection_id)
             await self._remove(claimed.row, claimed.lease, result)
         return result
 
     async def _revoke_deleted(self, row: Connection) -> Revoked:
-        if not row.revoke_on_delete or row.secret_version == 0:  # a revocation has destroyed it already
+        if not row.revoke_on_delete or row.secret_version <= 0:  # a revocation has destroyed it already
             return "skipped"
         try:
             return await self.at_provider(row)
@@ -90,7 +99,10 @@ class Revoking:
         await self._database.transaction(work)
 
     async def _credential(self, row: Connection, configured: Configured) -> Credential:
-        value = await self._stored.open(row)
+        value = await self._stored.content(row.id, row.secret_version)
+        if value is None:
+            log.critical("credential.unreadable", connection_id=row.id, secret_version=row.secret_version)
+            raise SecretLost("the secret of this connection cannot be opened")
         client = await self._integrations.client(configured)
         refresh = value.get("refresh_token")
         return Credential(
@@ -108,6 +120,10 @@ class Revoking:
     async def _shared(self, row: Connection, *, project: bool) -> bool:
         query = select(Connection.id).where(*_dies_with(row, project=project)).limit(1)
         return await self._database.read(lambda session: session.exec(query).first() is not None)
+
+
+def _is_being_ended(session: Session, connection_id: str) -> bool:
+    return bool(session.execute(sa.select(being_ended(connection_id))).scalar_one())
 
 
 def _dies_with(row: Connection, *, project: bool) -> list[sa.ColumnElement[bool]]:

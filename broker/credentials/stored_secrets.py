@@ -1,6 +1,8 @@
 """A connection's secret in the vault: its shape, and how its next version is written so that a crash loses none.
 
-The row of a connection names the version that counts. Nothing here reads or judges more of the row than that.
+The row of a connection names the version that counts: ``Connection.secret_version``. -n says that there is none, since a
+revocation destroyed it, and that n was the last number: the next one is n + 1, so that no number ever means two secrets.
+Nothing here reads or judges more of the row than that.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from broker.database import Database
 from broker.errors import SecretStoreUnavailable
 from broker.models import Connection
 from broker.token_endpoint import TokenAnswer
-from broker.vault import SecretNotFound, SecretUnreadable, Vault, VaultConflict
+from broker.vault import SecretNotFound, SecretUnreadable, Store, VaultConflict
 
 PUT_TRIES = 3
 log = structlog.get_logger()
@@ -28,6 +30,11 @@ log = structlog.get_logger()
 def secret_owner(connection_id: str) -> str:
     """Return where a connection's secret lives in the vault."""
     return f"connections/{connection_id}"
+
+
+def destroyed_version(version: int) -> int:
+    """Return what a row says in ``secret_version`` when the version that it named was destroyed. Repeated, the same."""
+    return -abs(version)
 
 
 def sha256_hex(token: str) -> str:
@@ -62,7 +69,7 @@ class Overtaken(SecretStoreUnavailable):
 class StoredSecrets:
     """Reads and writes the versions of connections' secrets. Every method may raise SecretStoreUnavailable."""
 
-    def __init__(self, database: Database, vault: Vault) -> None:
+    def __init__(self, database: Database, vault: Store) -> None:
         """Keep the parts."""
         self._database = database
         self._vault = vault
@@ -91,20 +98,29 @@ class StoredSecrets:
 
         A crash between vault and row leaves a version that no row names. A replay finds its own value there and takes it.
         Anything else is written only after the row names the newest version again, with the content that it names now: a
-        vault keeps three versions, so the one that the row names would else be dropped after two such crashes.
+        vault keeps three versions, so the one that the row names would else be dropped after two such crashes. Where the
+        vault has less than the row names or last named, that is nothing to go on from: numbers only grow.
         """
-        expected = expected_version
+        named, newest = expected_version, max(expected_version, 0)
         for _ in range(PUT_TRIES):
             try:
-                return await self._vault.put(secret_owner(connection_id), value, expected_version=expected)
+                return await self._put(connection_id, value, newest, named)
             except VaultConflict as conflict:
                 current = conflict.current
-            await self._require_named(connection_id, expected)
+            await self._require_named(connection_id, named)
             with contextlib.suppress(VaultConflict):
-                if await self.content(connection_id, current) == value:
+                if current > abs(named) and await self.content(connection_id, current) == value:
                     return current
-                expected = await self._named_anew(connection_id, expected, current)
+                named, newest = await self._named_anew(connection_id, named, current)
         raise SecretStoreUnavailable("others keep writing this secret")
+
+    async def _put(self, connection_id: str, value: Mapping[str, Any], newest: int, named: int) -> int:
+        """Write after ``newest``, which is all that the vault has, and after all that the row has ``named`` so far."""
+        owner, version = secret_owner(connection_id), max(newest, abs(named)) + 1
+        if version == newest + 1:
+            return await self._vault.put(owner, value, expected_version=newest)
+        await self._vault.put_as(owner, value, expected_version=newest, version=version)
+        return version
 
     async def _require_named(self, connection_id: str, version: int) -> None:
         """Refuse a writer that was overtaken: each version that it wrote would push an older one out of the vault.
@@ -115,18 +131,18 @@ class StoredSecrets:
         if await self._database.read(lambda session: session.exec(query).first()) != version:
             raise Overtaken("this secret has moved on; try again")
 
-    async def _named_anew(self, connection_id: str, pinned: int, current: int) -> int:
-        """Let the row name the newest version, made a copy of the one that it names; return that version."""
-        content = await self.content(connection_id, pinned)
+    async def _named_anew(self, connection_id: str, pinned: int, current: int) -> tuple[int, int]:
+        """Let the row name the newest version, made a copy of the one that it names; return what it names, and the newest."""
+        content = await self.content(connection_id, pinned) if pinned > 0 else None
         if content is None:
-            return current  # nothing to save
-        if await self.content(connection_id, current) != content:
-            current = await self._vault.put(secret_owner(connection_id), content, expected_version=current)
+            return pinned, current  # nothing to save
+        if current < pinned or await self.content(connection_id, current) != content:
+            current = await self._put(connection_id, content, current, pinned)
         pinned_row = (col(Connection.id) == connection_id) & (col(Connection.secret_version) == pinned)
         move = sa.update(Connection).where(pinned_row).values(secret_version=current)
         await self._database.transaction(lambda session: session.execute(move))
         log.warning("credential.named_anew", connection_id=connection_id, version=current)
-        return current
+        return current, current
 
     async def destroy(self, connection_id: str) -> None:
         """Destroy every version."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,9 +10,12 @@ import sqlalchemy as sa
 import structlog
 from sqlmodel import Session, col, select
 
+from broker.credentials.claims import Claims
+from broker.credentials.freezes import being_ended
 from broker.credentials.leases import is_free
 from broker.credentials.stored_secrets import secret_owner
 from broker.database import Database, now
+from broker.errors import NotFound
 from broker.integrations import Integrations
 from broker.models import Connection, RefreshAttempt, RefreshJournal, RefreshLease
 from broker.refresh import IDLE_SHARE, USED_WITHIN_SECONDS
@@ -38,11 +42,12 @@ class Backlog:
 class Upkeep:
     """Finds what has to be done without a request. Only the sweep changes anything."""
 
-    def __init__(self, database: Database, vault: Vault, integrations: Integrations) -> None:
+    def __init__(self, database: Database, vault: Vault, integrations: Integrations, claims: Claims) -> None:
         """Keep the parts."""
         self._database = database
         self._vault = vault
         self._integrations = integrations
+        self._claims = claims
 
     async def due(
         self, integration: str, *, idle: bool, limit: int, after: tuple[float, str] | None = None
@@ -112,6 +117,7 @@ class Upkeep:
 
         def work(session: Session) -> list[str]:
             query = select(Connection.id).where(col(Connection.deleted_at) < now(session) - older_than_seconds)
+            query = query.where(~being_ended(col(Connection.id)))
             return list(session.exec(query.limit(LEFT_BEHIND_AT_ONCE)))
 
         return await self._database.read(work)
@@ -139,17 +145,40 @@ class Upkeep:
         swept = 0
         for start in range(0, len(old), SWEEP_BATCH):
             for owner in await self._unreferenced(old[start : start + SWEEP_BATCH]):
-                await self._vault.destroy(owner)
-                swept += 1
+                swept += await self._destroyed(owner)
         if swept:
             log.warning("credential.swept", count=swept)
         return swept + await self._integrations.sweep_unreferenced(older_than_seconds=older_than_seconds, at=now_at)
 
     async def _unreferenced(self, owners: Sequence[str]) -> list[str]:
+        """Return the owners without a row, or whose row says that its secret was destroyed (no version above 0).
+
+        Of such a one a copy may be left in the store that secrets are moved to.
+        """
         ids = [owner.removeprefix("connections/") for owner in owners]
-        query = select(Connection.id).where(col(Connection.id).in_(ids))
-        known = await self._database.read(lambda session: set(session.exec(query)))
-        return [secret_owner(connection_id) for connection_id in ids if connection_id not in known]
+        query = select(Connection.id).where(col(Connection.id).in_(ids), col(Connection.secret_version) > 0)
+        naming = await self._database.read(lambda session: set(session.exec(query)))
+        return [secret_owner(connection_id) for connection_id in ids if connection_id not in naming]
+
+    async def _destroyed(self, owner: str) -> bool:
+        """Destroy what no row names; False, until the next sweep, where somebody writes a secret just now.
+
+        A row without a secret gets one again by an import or a consent: both hold its lease, so it is held here too.
+        """
+        connection_id = owner.removeprefix("connections/")
+        row = await self._database.read(lambda session: session.get(Connection, connection_id))
+        if row is None:
+            await self._vault.destroy(owner)
+            return True
+        with contextlib.suppress(NotFound):
+            claimed = await self._claims.claim(connection_id)
+            if claimed is None:
+                return False
+            async with self._claims.released(claimed.lease):
+                if claimed.row.secret_version <= 0:
+                    await self._vault.destroy(owner)
+                    return True
+        return False
 
 
 def _since() -> sa.ColumnElement[float]:

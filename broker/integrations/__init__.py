@@ -32,6 +32,7 @@ from broker.errors import (
     Conflict,
     FieldError,
     Forbidden,
+    InternalError,
     InvalidRequest,
     NotFound,
     ProviderUnavailable,
@@ -40,7 +41,15 @@ from broker.errors import (
     UpstreamTimeout,
 )
 from broker.integrations import client_secrets
-from broker.integrations.client_secrets import SecretUse, as_tried, canary_of, end_canary, new_canary, newest_first
+from broker.integrations.client_secrets import (
+    SecretUse,
+    as_tried,
+    canary_of,
+    end_canary,
+    is_run_by,
+    new_canary,
+    newest_first,
+)
 from broker.integrations.client_secrets import secret_owner as secret_owner
 from broker.integrations.config import (
     ENDPOINT_FIELDS,
@@ -278,8 +287,8 @@ class Integrations:
 
         A live token needs no discovery. Where none was had yet and none comes within ``DISCOVERY_WAIT_SECONDS``, the
         endpoints are only those that need none: a connection's pins are then judged by what the configuration itself says.
-        That is refused (with what discovery raises) where endpoints were changed since the last rebind: only today's
-        origins can tell there. For nothing that is sent to a provider: whoever does that asks ``configured``.
+        That is refused (with what discovery raises) where endpoints were changed since the last rebind, or nobody knows: only
+        today's origins can tell there. For nothing that is sent to a provider: whoever does that asks ``configured``.
         """
         if not variables:
             return await self._kept_at(name, version)
@@ -310,7 +319,7 @@ class Integrations:
         if not isinstance(failure, (ProviderUnavailable, UpstreamInvalid, UpstreamTimeout)):
             return asking.result(), None
         bare = await self._build(name, variables, discover=False)
-        if await self._database.read(lambda session: _moved_since_rebind(session, name)):
+        if _moved_since_rebind(bare.row):
             raise failure
         return bare, asking
 
@@ -478,11 +487,12 @@ class Integrations:
                 enabled=True if draft.enabled is None else draft.enabled,
                 created_at=at,
                 updated_at=at,
+                rebound_at=at,
             )
             session.add(row)
             session.flush()
             created = _entry("integration.created", actor, draft.name, provider=provider.name)
-            self._audit.append(session, created, *self._added(session, stored, actor))
+            self._audit.append(session, created, *self._added(session, stored, draft.client_secret, actor)[1])
 
         try:
             await self._database.transaction(work)
@@ -567,7 +577,7 @@ class Integrations:
             if (value := getattr(draft, name)) is not None
         }
 
-        def work(session: Session) -> bool:
+        def work(session: Session) -> ClientSecret | None:
             row = self._changeable(session, draft)
             before, config = dict(row.config), merge_patch(row.config, draft.config or {})
             self._checked(replace(draft, provider=row.provider), config)
@@ -576,12 +586,15 @@ class Integrations:
             self._require_keys(session, row, config, fitting, draft.client_secret)
             for name, value in {**changed, "config": config, "updated_at": now(session), "test_error": None}.items():
                 setattr(row, name, value)
-            session.flush()
             moved = [name for name in ENDPOINT_FIELDS if before.get(name) != config.get(name)]
+            if moved:
+                row.endpoints_changed_at = max(row.updated_at, row.rebound_at or 0.0)
+            session.flush()
             fields = sorted([*changed, *(["config"] if config != before else [])])
             updated = _entry("integration.updated", actor, draft.name, fields=fields, endpoints_changed=moved)
-            self._audit.append(session, updated, *self._added(session, stored, actor))
-            return _is_named(session, stored)
+            secret, added = self._added(session, stored, draft.client_secret, actor)
+            self._audit.append(session, updated, *added)
+            return secret
 
         await self._added_or_discarded(draft.name, stored, work)
         return await self.get(draft.name)
@@ -646,7 +659,7 @@ class Integrations:
         await self.get(name)
         stored = await self._stored(name, value, source=source, state="live" if canary is None else "candidate")
 
-        def work(session: Session) -> bool:
+        def work(session: Session) -> ClientSecret | None:
             row = session.get(Integration, name, with_for_update=True)
             if row is None:
                 raise NotFound
@@ -654,12 +667,14 @@ class Integrations:
                 _require_usable(self.catalog[row.provider], row.config, value)
             if canary is not None and not self._has_dialogue(row):
                 raise InvalidRequest(errors=[FieldError("/canary", "needs a provider with an OAuth dialogue")])
-            self._audit.append(session, *self._added(session, stored, actor, canary=canary))
-            return _is_named(session, stored)
+            secret, added = self._added(session, stored, value, actor, canary=canary)
+            self._audit.append(session, *added)
+            return secret
 
-        await self._added_or_discarded(name, stored, work)
-        digest = self._audit.digest(value.reveal())
-        return next(row for row in await self.secrets(name) if row.value_digest == digest)
+        secret = await self._added_or_discarded(name, stored, work)
+        if secret is None:
+            raise InternalError
+        return secret
 
     def _has_dialogue(self, row: Integration) -> bool:
         provider = self.catalog.get(row.provider)
@@ -679,16 +694,22 @@ class Integrations:
         )
 
     def _added(
-        self, session: Session, stored: ClientSecret | None, actor: Principal | None, *, canary: int | None = None
-    ) -> tuple[Entry, ...]:
-        """Insert a stored secret unless it is there; return what the audit is to hold. The integration is locked."""
-        if stored is None:
-            return ()
-        name = stored.integration
+        self,
+        session: Session,
+        stored: ClientSecret | None,
+        value: Secret | None,
+        actor: Principal | None,
+        *,
+        canary: int | None = None,
+    ) -> tuple[ClientSecret | None, tuple[Entry, ...]]:
+        """Insert a stored secret unless it is there; return its row and what the audit is to hold (integration locked)."""
+        if stored is None or value is None:
+            return None, ()
+        name, digests = stored.integration, self._audit.digests(value.reveal())
         held = list(session.exec(select(ClientSecret).where(ClientSecret.integration == name)))
-        same = next((row for row in held if row.value_digest == stored.value_digest), None)
+        same = next((row for row in held if row.value_digest in digests), None)
         if same is not None:
-            return _promoted(session, same, actor, "by_hand") if canary is None else ()
+            return same, _promoted(session, same, actor, "by_hand") if canary is None else ()
         if canary is not None and any(row.state == "candidate" for row in held):
             raise Conflict("another client secret is being tried; promote or delete it first")
         if len(held) >= MOST_SECRETS and stored.source == "api":
@@ -699,19 +720,20 @@ class Integrations:
         more = {} if canary is None else {"canary": canary}
         if canary is not None:
             new_canary(session, row, canary, actor.caller_id if actor is not None else None)
-        return (_entry("integration.secret_added", actor, name, secret_id=row.id, **more),)
+        return row, (_entry("integration.secret_added", actor, name, secret_id=row.id, **more),)
 
     async def _added_or_discarded(
-        self, name: str, stored: ClientSecret | None, work: Callable[[Session], bool]
-    ) -> None:
-        """Run a transaction that says whether a row names ``stored``; what certainly none does is destroyed."""
+        self, name: str, stored: ClientSecret | None, work: Callable[[Session], ClientSecret | None]
+    ) -> ClientSecret | None:
+        """Run a transaction that returns the value's row; ``stored`` is destroyed where certainly no row names it."""
         try:
-            added = await self._database.transaction(work)
+            row = await self._database.transaction(work)
         except (NotFound, InvalidRequest, Forbidden, Conflict):
             await self._discard(name, stored)
             raise
-        if not added:
+        if stored is not None and (row is None or row.id != stored.id):
             await self._discard(name, stored)
+        return row
 
     async def _discard(self, name: str, stored: ClientSecret | None) -> None:
         if stored is not None:
@@ -731,15 +753,28 @@ class Integrations:
         """Return how the canary of a client secret stands or ended, None where there was none."""
         return await self._database.read(lambda session: canary_of(session, secret_id))
 
-    async def promote_secret(
-        self, name: str, secret_id: str, actor: Principal | None, *, reason: str = "by_hand"
-    ) -> ClientSecret:
+    async def promote_secret(self, name: str, secret_id: str, actor: Principal | None) -> ClientSecret:
         """Make a candidate live and end its canary; return its row (NotFound). One that is live is tried first again."""
 
         def work(session: Session) -> ClientSecret:
             row = _secret_of(session, name, secret_id)
-            self._audit.append(session, *_promoted(session, row, actor, reason))
+            self._audit.append(session, *_promoted(session, row, actor, "by_hand"))
             return row
+
+        return await self._database.transaction(work)
+
+    async def promote_proven(self, name: str, secret_id: str, *, owner: str, reason: str) -> bool:
+        """Make a candidate live whose canary proved it; return whether that was done (NotFound).
+
+        It is not when the canary was paused or ended meanwhile, or ``owner`` has no longer its lease.
+        """
+
+        def work(session: Session) -> bool:
+            row = _secret_of(session, name, secret_id)
+            if not is_run_by(session, secret_id, owner):
+                return False
+            self._audit.append(session, *_promoted(session, row, None, reason))
+            return True
 
         return await self._database.transaction(work)
 
@@ -755,12 +790,18 @@ class Integrations:
         await self._database.transaction(work)
         await self._vault.destroy(secret_owner(name, secret_id))
 
-    async def roll_back_secret(self, name: str, secret_id: str, *, reason: str) -> None:
-        """Remove a candidate whose canary failed, and destroy it. One that is live by now, or gone, is left alone."""
+    async def roll_back_secret(self, name: str, secret_id: str, *, owner: str, reason: str) -> bool:
+        """Remove a candidate whose canary failed, and destroy it; return whether that was done.
+
+        It is not when it is live by now or gone, the canary was paused or ended meanwhile, or ``owner`` has no longer its
+        lease.
+        """
 
         def work(session: Session) -> bool:
             row = session.get(ClientSecret, secret_id, with_for_update=True)
             if row is None or row.integration != name or row.state != "candidate":
+                return False
+            if not is_run_by(session, secret_id, owner):
                 return False
             session.delete(row)
             end_canary(session, secret_id, "failed", reason)
@@ -769,8 +810,10 @@ class Integrations:
             self._audit.append(session, replace(rolled_back, outcome="failed"))
             return True
 
-        if await self._database.transaction(work):
-            await self._vault.destroy(secret_owner(name, secret_id))
+        if not await self._database.transaction(work):
+            return False
+        await self._vault.destroy(secret_owner(name, secret_id))
+        return True
 
     async def sweep_unreferenced(self, *, older_than_seconds: float = 86_400.0, at: float | None = None) -> int:
         """Destroy client secrets that no row names, left by a crash between vault and row; return how many.
@@ -788,12 +831,16 @@ class Integrations:
     # Pinning
 
     async def rebind(self, name: str, actor: Principal) -> int:
-        """Pin all connections of an integration to its endpoints and its client as they are now; return how many moved."""
+        """Pin all connections of an integration to its endpoints and its client as they are now; return how many moved.
+
+        Raises Forbidden, NotFound, what discovery raises, and Conflict when the endpoints change meanwhile.
+        """
         if "admin" not in actor.roles:
             raise Forbidden("only an admin may change where credentials go")
         configured, pins = await self.configured(name), await self._pins(name)
 
         def work(session: Session) -> int:
+            _mark_rebound(session, configured.row)
             rows = list(session.exec(select(Connection).where(Connection.integration == name)))
             client_id, moved = configured.row.client_id, 0
             for row in rows:
@@ -870,8 +917,8 @@ class Integrations:
         """Whether a secret of the settings would go where the settings say, or is live there already."""
         if endpoint_fields(view.row.config) == endpoint_fields(draft.config or {}):
             return True
-        digest = self._audit.digest(draft.client_secret.reveal()) if draft.client_secret is not None else ""
-        return any(row.value_digest == digest for row in await self.secrets(draft.name) if row.state == "live")
+        digests = self._audit.digests(draft.client_secret.reveal()) if draft.client_secret is not None else ()
+        return any(row.value_digest in digests for row in await self.secrets(draft.name) if row.state == "live")
 
     async def _create_once(self, draft: Draft, setting: str) -> None:
         try:
@@ -1032,18 +1079,26 @@ def _require_unused(session: Session, draft: Draft, actor: Principal | None) -> 
         _require_admin_for_endpoints(actor, before={}, after=draft.config or {})
 
 
-def _moved_since_rebind(session: Session, name: str) -> bool:
-    """Whether endpoints of an integration were changed since its connections were pinned to them last."""
-    told = select(AuditRecord.action, AuditRecord.detail).where(
-        col(AuditRecord.action).in_(("integration.updated", "integration.rebound", "integration.created")),
-        sa.func.coalesce(AuditRecord.integration, "") == name,  # no index: the few of these actions are searched
-    )
-    for action, detail in session.exec(told.order_by(col(AuditRecord.number).desc())):
-        if action != "integration.updated":
-            return False
-        if detail.get("endpoints_changed"):
-            return True
-    return False
+def _moved_since_rebind(row: Integration) -> bool:
+    """Whether endpoints were changed since all connections were pinned to them, by a rebind or as there were none (pure).
+
+    True too where that is not known: the row was made before it was written down.
+    """
+    if row.rebound_at is None:
+        return True
+    return row.endpoints_changed_at is not None and row.endpoints_changed_at >= row.rebound_at
+
+
+def _mark_rebound(session: Session, seen: Integration) -> None:
+    """Write, in the transaction that pins them, that connections are pinned to the endpoints that were ``seen`` (Conflict)."""
+    row = session.get(Integration, seen.name, with_for_update=True)
+    if row is None:
+        raise NotFound
+    if endpoint_fields(row.config) != endpoint_fields(seen.config):
+        raise Conflict("the endpoints were changed meanwhile; try again")
+    at, changed_at = now(session), row.endpoints_changed_at
+    # never at the same moment, nor before it when a clock was set back: a change at the moment of a rebind counts as after it
+    row.rebound_at = at if changed_at is None else max(at, math.nextafter(changed_at, math.inf))
 
 
 def _require_admin_for_endpoints(
@@ -1085,10 +1140,6 @@ def _secret_of(session: Session, name: str, secret_id: str) -> ClientSecret:
     if row is None or row.integration != name:
         raise NotFound
     return row
-
-
-def _is_named(session: Session, stored: ClientSecret | None) -> bool:
-    return stored is not None and session.get(ClientSecret, stored.id) is not None
 
 
 def _promoted(session: Session, row: ClientSecret, actor: Principal | None, reason: str) -> tuple[Entry, ...]:

@@ -75,6 +75,16 @@ def canary_of(session: Session, secret_id: str) -> Rotation | None:
     return session.exec(query.order_by(col(Rotation.created_at).desc()).limit(1)).first()
 
 
+def is_run_by(session: Session, secret_id: str, owner: str) -> bool:
+    """Lock the newest canary of a client secret; return whether it runs and ``owner`` has its lease.
+
+    Nobody pauses it then before the end of the transaction.
+    """
+    found = canary_of(session, secret_id)
+    row = session.get(Rotation, found.id, with_for_update=True, populate_existing=True) if found is not None else None
+    return row is not None and row.state == "running" and row.lease_owner == owner
+
+
 def end_canary(session: Session, secret_id: str, state: Literal["done", "failed"], reason: str) -> None:
     """End the canary of a client secret, if one is under way, with what came of it."""
     row = canary_of(session, secret_id)
@@ -99,7 +109,7 @@ class SecretUse:
     def __init__(self, database: Database) -> None:
         """Begin with nothing noted."""
         self._database = database
-        self._noted: dict[tuple[str, Noted], None] = {}
+        self._noted: dict[tuple[str, Noted], float] = {}
         self._written_at: dict[tuple[str, Noted], float] = {}
         self._writing: asyncio.Task[None] | None = None
         self._closing = asyncio.Event()
@@ -117,7 +127,7 @@ class SecretUse:
             return
         if len(self._written_at) >= MOST_KNOWN:
             self._written_at.clear()
-        self._written_at[key], self._noted[key] = at, None
+        self._written_at[key] = self._noted[key] = at
         if self._writing is None or self._writing.done():
             # A context of its own: what is logged belongs to no request.
             self._writing = asyncio.create_task(self._write(), context=contextvars.Context())
@@ -126,7 +136,7 @@ class SecretUse:
         while self._noted:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._closing.wait(), EVERY_SECONDS)
-            batch, self._noted = tuple(self._noted), {}
+            batch, self._noted = self._noted, {}
             try:
                 await self._database.transaction(partial(_mark, noted=batch))
             except BrokerError as error:
@@ -139,10 +149,11 @@ class SecretUse:
             await asyncio.wait({self._writing})
 
 
-def _mark(session: Session, noted: Sequence[tuple[str, Noted]]) -> None:
-    at = now(session)
-    for secret_id, column in sorted(noted):  # in one order, so that two replicas do not lock each other out
-        changed: Mapping[str, float] = {column: at}
+def _mark(session: Session, noted: Mapping[tuple[str, Noted], float]) -> None:
+    at, monotonic = now(session), time.monotonic()
+    for (secret_id, column), noted_at in sorted(noted.items()):  # in one order: two replicas do not lock each other out
+        # each at its own moment: of one that was taken and then refused, the order says that it is tried last
+        changed: Mapping[str, float] = {column: at - (monotonic - noted_at)}
         session.execute(sa.update(ClientSecret).where(col(ClientSecret.id) == secret_id).values(changed))
 
 

@@ -321,10 +321,14 @@ class Confirmations:
         principal: Principal | None,
         settled: Mapping[str, Any],
     ) -> Connection:
-        """Write the survivor's row. The lease keeps other secrets out, not a freeze, new tags or a DELETE: judged anew."""
+        """Write the survivor's row. The lease keeps other secrets out, not a freeze, a revocation, new tags or a DELETE.
+
+        All of them are judged anew here.
+        """
 
         def work(session: Session) -> Connection:
             freezes, at = active_freezes(session), now(session)
+            require_not_ending(session, claimed.row.id)  # once more: no revocation begins while this lasts
             require_lease(session, claimed.lease)
             _win(session, flow.id, at, {**settled, "confirmed_at": at, "surviving_id": claimed.row.id}, claimed=True)
             gone = session.execute(

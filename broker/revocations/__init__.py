@@ -144,7 +144,8 @@ class Revocations:
     async def erase(self, subject: str, principal: Principal, *, revoke: bool) -> Revocation:
         """Begin to erase a person: their connections are gone for everybody at once. Return the job, to be looked at.
 
-        ``revoke``: at the providers too. The name is gone from every row, but for callers' grants, once the job is done.
+        While one runs for this person, it takes in what came since and settles anew. ``revoke``: at the providers too. The
+        name is gone from every row, but for callers' grants, once the job is done.
         """
         row = Revocation(
             id=new_id("rev"),
@@ -219,12 +220,12 @@ class Revocations:
     async def work_on(self, row: Revocation) -> None:
         """Do the next piece of one: the records of all that were stopped, then a page of ends at the providers."""
         if row.action == "erase":
-            await self._ending.some(row.id)
+            await self._ending.some(row)
             await self._finish_erasure(row)
             return
         await self._record_all(row.id, seconds=PASS_SECONDS)
         if row.action == "revoke":
-            await self._ending.some(row.id)
+            await self._ending.some(row)
         await self._finish(row)
 
     async def _record_all(self, revocation_id: str, *, seconds: float = math.inf) -> None:
@@ -272,7 +273,7 @@ class Revocations:
             return
 
         def work(session: Session) -> None:
-            if forget_name(session, row.id):
+            if forget_name(session, row):
                 done = Entry(
                     action="subject.erased", actor="system", detail={"revocation_id": row.id, "total": row.total}
                 )

@@ -13,6 +13,7 @@ from typing import Any, cast
 import sqlalchemy as sa
 from sqlmodel import Session, col, select
 
+from broker.credentials.freezes import lock_freezes
 from broker.database import now
 from broker.models import BrowserSession, Connection, DeviceFlow, Flow, IdempotentAnswer, Revocation, RevocationResult
 
@@ -23,18 +24,19 @@ _RESULTS = cast("sa.Table", RevocationResult.__table__)  # type: ignore[attr-def
 
 
 def begin_erasure(session: Session, erasure: Revocation, subject: str) -> Revocation:
-    """Make everything of the subject unusable and nameless; return the job, or one that runs for this subject already.
+    """Make everything of the subject unusable and nameless; return the job, or the one that runs for this subject already.
 
-    What is left of each connection then is its secret, and what its provider needs for a revocation.
+    That one takes in what has come since, and its settling begins anew. What is left of each connection then is its secret,
+    and what its provider needs for a revocation.
     """
-    running = select(Revocation).where(Revocation.action == "erase", Revocation.state == "running")
-    for known in session.exec(running):
-        if known.selector.get("subject") == subject:
-            return known
+    lock_freezes(session, exclusive=True)
+    revoke = erasure.selector["revoke"]
+    erasure = _running(session, subject) or erasure
+    erasure.selector = {**erasure.selector, "revoke": revoke or erasure.selector["revoke"]}
     erasure.created_at = now(session)
     session.add(erasure)
     session.flush()
-    _take_connections(session, erasure, _ROWS.c.subject == subject)
+    _take_connections(session, erasure, _ROWS.c.subject == subject, revoke=revoke)
     taken = sa.select(_RESULTS.c.connection_id).where(_RESULTS.c.revocation_id == erasure.id)
     of_taken = col(Flow.connection_id).in_(taken) | col(Flow.surviving_id).in_(taken)
     session.execute(sa.delete(Flow).where((col(Flow.subject) == subject) | of_taken))
@@ -46,7 +48,14 @@ def begin_erasure(session: Session, erasure: Revocation, subject: str) -> Revoca
     return erasure
 
 
-def _take_connections(session: Session, erasure: Revocation, which: sa.ColumnElement[bool]) -> int:
+def _running(session: Session, subject: str) -> Revocation | None:
+    """Return the job of this subject that is not through, locked: it does not end before this transaction does."""
+    running = select(Revocation).where(Revocation.action == "erase", Revocation.state == "running")
+    jobs = session.exec(running.order_by(col(Revocation.id)).with_for_update())
+    return next((known for known in jobs if known.selector.get("subject") == subject), None)
+
+
+def _take_connections(session: Session, erasure: Revocation, which: sa.ColumnElement[bool], *, revoke: bool) -> int:
     """Mark connections as deleted and take their names away; return how many."""
     at = now(session)
     fixed = {"revocation_id": erasure.id, "result": "pending", "attempts": 0, "at": at}
@@ -55,10 +64,10 @@ def _take_connections(session: Session, erasure: Revocation, which: sa.ColumnEle
     names = ["connection_id", "status_before", *fixed]
     taken = session.execute(sa.insert(_RESULTS).from_select(names, chosen, include_defaults=False)).rowcount  # type: ignore[attr-defined]
     mine = _ROWS.c.id.in_(sa.select(_RESULTS.c.connection_id).where(_RESULTS.c.revocation_id == erasure.id))
-    gone = {"deleted_at": at, "revoke_on_delete": erasure.selector["revoke"]}
-    session.execute(sa.update(_ROWS).where(mine, _ROWS.c.deleted_at.is_(None)).values(**gone))
+    gone = {"deleted_at": at, "revoke_on_delete": revoke}
+    session.execute(sa.update(_ROWS).where(which, mine, _ROWS.c.deleted_at.is_(None)).values(**gone))
     nobody: dict[str, Any] = {"subject": None, "account_name": None, "account_email": None, "tags": {}, "metadata": {}}
-    session.execute(sa.update(_ROWS).where(mine).values(**nobody))
+    session.execute(sa.update(_ROWS).where(which, mine).values(**nobody))  # not those of before: they may be locked
     counted = sa.update(Revocation).where(col(Revocation.id) == erasure.id).values(total=Revocation.total + taken)
     session.execute(counted)
     return int(taken)
@@ -86,18 +95,20 @@ def _unname_revocations(session: Session, subject: str) -> None:
 
 def take_stragglers(session: Session, erasure: Revocation, subject: str) -> int:
     """Take what a flow that was under way at the beginning has left since; return how many connections."""
+    lock_freezes(session, exclusive=True)
     without_session = ~sa.exists().where(col(BrowserSession.id) == col(Flow.session_id))
     left = (col(Flow.subject) == subject) & col(Flow.session_id).is_not(None) & without_session
     session.execute(sa.delete(Flow).where(left))
     without_flow = ~sa.exists().where(col(Flow.id) == _ROWS.c.flow_id)
     pending = (_ROWS.c.subject == subject) & (_ROWS.c.status == "pending") & _ROWS.c.flow_id.is_not(None)
-    return _take_connections(session, erasure, pending & without_flow)
+    return _take_connections(session, erasure, pending & without_flow, revoke=erasure.selector["revoke"])
 
 
-def forget_name(session: Session, erasure_id: str) -> bool:
-    """End the job: it knows no name any more; False when another process has done so."""
+def forget_name(session: Session, erasure: Revocation) -> bool:
+    """End the job: it knows no name any more; False when another process has done so, or it was begun anew meanwhile."""
     ended = {"selector": {}, "state": "done", "ended_at": now(session)}
-    mine = (col(Revocation.id) == erasure_id, col(Revocation.state) == "running")
+    as_read = (col(Revocation.state) == "running", col(Revocation.created_at) == erasure.created_at)
+    mine = (col(Revocation.id) == erasure.id, *as_read)
     return bool(session.execute(sa.update(Revocation).where(*mine).values(**ended)).rowcount)  # type: ignore[attr-defined]
 
 

@@ -168,6 +168,8 @@ def record_some(session: Session, audit: Audit, revocation_id: str, after: str) 
     None when there is none behind ``after``. Several processes may do this at once: each takes rows that no other has.
     """
     revocation = session.get(Revocation, revocation_id)
+    if revocation is not None and revocation.action == "freeze":  # whoever lifts it locks it before the results too
+        session.refresh(revocation, with_for_update=True)
     mine = _RESULTS.c.revocation_id == revocation_id
     joined = sa.outerjoin(_RESULTS, _ROWS, _ROWS.c.id == _RESULTS.c.connection_id)
     columns = (_RESULTS.c.connection_id, _RESULTS.c.result, _ROWS.c.integration, _ROWS.c.subject)

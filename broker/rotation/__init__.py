@@ -25,6 +25,8 @@ from broker.audit import Audit, Entry
 from broker.database import Database, now
 from broker.errors import BrokerError, Conflict, NotFound
 from broker.models import Rotation, new_id
+from broker.rotation.data import DataKeys
+from broker.rotation.retired import REVIVED, SHREDDED, Act
 from broker.rotation.steps import REWRITE, KeyClass, KeyRow, Plan, Record, named, without
 from broker.rotation.system import retire_due
 
@@ -222,7 +224,11 @@ class Rotations:
             await asyncio.sleep(0)
 
     async def retire_due(self) -> int:
-        """Destroy the broker's own previous keys whose time has come; return how many. The worker's job."""
+        """Destroy previous root keys and retired data keys whose time has come; return how many. The worker's job.
+
+        A retired data key that something readable is under is live again instead, is logged as critical and audited: nothing
+        is lost, but somebody writes who does not ask the floor.
+        """
 
         def work(session: Session) -> int:
             retired = retire_due(session)
@@ -231,7 +237,25 @@ class Rotations:
                 self._audit.append(session, *entries)
             return len(retired)
 
-        return await self._database.transaction(work)
+        destroyed = await self._database.transaction(work)
+        for kind in self._classes.values():
+            if isinstance(kind, DataKeys):
+                destroyed += sum([await self._settled(act) for act in await kind.retired()])
+        return destroyed
+
+    async def _settled(self, act: Act) -> bool:
+        """Do what a retired data key needs; return whether it was shredded."""
+
+        def work(session: Session) -> Entry | None:
+            entry = act(session)
+            if entry is not None:
+                self._audit.append(session, entry)
+            return entry
+
+        entry = await self._database.transaction(work)
+        if entry is not None and entry.action == REVIVED:
+            log.critical(REVIVED, key=entry.detail["key"], values=entry.detail["values"])
+        return entry is not None and entry.action == SHREDDED
 
     # Reading
 

@@ -14,6 +14,7 @@ from broker.errors import InternalError, SecretStoreUnavailable
 from broker.models import DataKey, Rotation
 from broker.rotation.encryption import note_wrapping_key
 from broker.rotation.passes import begin_pass, count_batch, end_pass
+from broker.rotation.retired import Act, any_opens, look_after
 from broker.rotation.steps import (
     ACKNOWLEDGE,
     FLOOR,
@@ -125,7 +126,7 @@ class DataKeys:
             )
             if rows:
                 return self._replacing(spots[place_at], rows)
-        left = sum((await self._counts(_old_keys(rotation))).values())
+        left = sum((await self._counts(_old_keys(rotation), by_column=False)).values())
         return partial(_end_pass, left)
 
     def _replacing(self, spot: Spot, rows: Sequence[Row]) -> Record:
@@ -154,7 +155,10 @@ class DataKeys:
     # The end
 
     def _floor(self, session: Session, rotation: Rotation) -> str | None:
-        """Lock the old keys, count, and shred them; whoever writes under one holds its row, so nothing comes in between."""
+        """Lock the old keys, count, and retire them; whoever writes under one holds its row, so nothing comes in between.
+
+        They stay wrapped for a day (``broker.rotation.retired``), for writers that do not ask the floor.
+        """
         at = now(session)
         if at < rotation.detail.get("clean_at", 0.0) + self._settle_seconds:
             return None
@@ -165,7 +169,7 @@ class DataKeys:
             begin_pass(rotation)
             return None
         for key in keys:
-            key.retired_at, key.wrapped, key.current = at, b"", False
+            key.retired_at, key.current = at, False
             session.add(key)
         rotation.detail = {**rotation.detail, "abandoned": left} if left else rotation.detail
         go_on(rotation, self.steps)
@@ -173,28 +177,20 @@ class DataKeys:
 
     def _none_opens(self, session: Session, keys: Sequence[DataKey]) -> bool:
         """Return whether all that is left under these keys is unreadable; with the keys locked, so that it stays so."""
-        for key_id, place in ((key.id, place) for key in keys for place in PLACES):
-            after = None
-            while rows := place.batch(session, key_id, after, BATCH):
-                if any(self._opens(row) for row in rows):
-                    return False
-                after = rows[-1].pk
-        return True
+        return not any(any_opens(session, self._sealer, key.id) for key in keys)
 
-    def _opens(self, row: Row) -> bool:
-        try:
-            self._sealer.open(row.sealed, owner=row.owner, purpose=row.purpose, version=row.version)
-        except SecretUnreadable:
-            return False
-        return True
+    async def retired(self) -> list[Act]:
+        """Return what has to be done with keys that a rotation retired: see ``look_after``."""
+        return await look_after(self._database, self._wrapping)
 
     # Reading
 
-    async def _counts(self, key_ids: Sequence[str]) -> dict[str, int]:
+    async def _counts(self, key_ids: Sequence[str], *, by_column: bool = True) -> dict[str, int]:
         """Return how many values are under these keys, by place; other work comes between two places."""
         counts = dict.fromkeys((place.name for place in PLACES), 0)
         for key_id, place in ((key_id, place) for key_id in key_ids for place in PLACES):
-            counts[place.name] += await self._database.read(partial(place.count_under, key_id=key_id))
+            count = partial(place.count_under, key_id=key_id, by_column=by_column)
+            counts[place.name] += await self._database.read(count)
         return counts
 
     async def rows(self) -> list[KeyRow]:

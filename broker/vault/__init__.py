@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from broker.database import Database
     from broker.vault.hashicorp import Session
     from broker.vault.keyring import Sealer, Wrapping
-    from broker.vault.moving import Store
 
 
 class VaultConflict(Exception):
@@ -40,6 +39,7 @@ class Vault(Protocol):
 
     A value is a flat JSON object. Every method may raise ``SecretStoreUnavailable`` in bounded time; calls may run at
     once. Versions of an owner grow by one and are never reused while the owner exists; at least the newest three are kept.
+    A vault forgets the numbers of what it destroyed: who writes such an owner again numbers on (``Store.put_as``).
     """
 
     async def put(self, owner: str, value: Mapping[str, Any], *, expected_version: int) -> int:
@@ -68,6 +68,13 @@ class Vault(Protocol):
 
     async def owners(self, prefix: str) -> list[tuple[str, float]]:
         """Return (owner, time of its newest version) below ``prefix``: for the sweeper and the doctor, not for hot paths."""
+
+
+class Store(Vault, Protocol):
+    """A vault whose writer may choose a version's number: that secrets can be moved to, and numbered on after a destroy."""
+
+    async def put_as(self, owner: str, value: Mapping[str, Any], *, expected_version: int, version: int) -> None:
+        """Store as ``put`` does, but under this number, which is greater than ``expected_version``."""
 
 
 async def open_server(settings: Settings) -> Session | None:
@@ -106,7 +113,7 @@ async def open_wrapping(settings: Settings, server: Session | None) -> Wrapping:
     return TransitBeforeKeyring(transit, load_keyring(settings)) if has_keyring(settings) else transit
 
 
-async def open_vault(settings: Settings, database: Database, sealer: Sealer, server: Session | None = None) -> Vault:
+async def open_vault(settings: Settings, database: Database, sealer: Sealer, server: Session | None = None) -> Store:
     """Return the store that ``BROKER_VAULT`` names, with that of ``BROKER_VAULT_FALLBACK`` behind it, ready for use.
 
     ``server``, and what is raised: see ``open_store``.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 
-from broker.vault import Vault
+from broker.vault import Store
 
 LARGEST = 10_000
 _SCALARS = frozenset({str, int, float, bool, type(None)})
@@ -29,7 +30,7 @@ class CachedVault:
     reads that are under way. Memory holds ``LARGEST`` owners. What is returned is the caller's own copy.
     """
 
-    def __init__(self, vault: Vault, *, seconds: float, timer: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, vault: Store, *, seconds: float, timer: Callable[[], float] = time.monotonic) -> None:
         """Wrap ``vault``; ``seconds`` 0 keeps nothing. ``timer`` is for tests."""
         self._vault = vault
         self._seconds = seconds
@@ -37,14 +38,25 @@ class CachedVault:
         # In the order in which they are over: all live equally long. The first of a plain dict, whose first ones are taken
         # out again and again, is found by walking over all the gaps.
         self._opened: OrderedDict[str, _Opened] = OrderedDict()
-        self._gone: OrderedDict[str, None] = (
-            OrderedDict()
-        )  # destroyed here lately: what was read ahead of them counts no more
+        # Destroyed here lately, and up to which version what was read ahead of them counts no more.
+        self._gone: OrderedDict[str, float] = OrderedDict()
         self._destroyed = 0  # counts; a read that began before the last one does not keep what it found
 
     async def put(self, owner: str, value: Mapping[str, Any], *, expected_version: int) -> int:
         """See ``Vault``. Other versions stay what they are, so nothing is dropped."""
-        return await self._vault.put(owner, value, expected_version=expected_version)
+        version = await self._vault.put(owner, value, expected_version=expected_version)
+        self._written(owner, version)
+        return version
+
+    async def put_as(self, owner: str, value: Mapping[str, Any], *, expected_version: int, version: int) -> None:
+        """See ``Store``; otherwise as ``put``."""
+        await self._vault.put_as(owner, value, expected_version=expected_version, version=version)
+        self._written(owner, version)
+
+    def _written(self, owner: str, version: int) -> None:
+        """Let this version and later ones be read ahead again: numbers go on after a destroy, so older ones stay gone."""
+        if owner in self._gone:
+            self._gone[owner] = min(self._gone[owner], version - 1)
 
     def ahead(self, connection: sa.Connection, wanted: Sequence[tuple[str, int]]) -> Sequence[bytes | None]:
         """See ``Vault``. Only what is not in memory is read."""
@@ -62,7 +74,8 @@ class CachedVault:
         if version is not None and known is not None:
             return version, _copied(known.value)
         before = self._destroyed
-        found, value = await self._vault.get(owner, version, sealed=None if owner in self._gone else sealed)
+        gone = version is not None and version <= self._gone.get(owner, 0)
+        found, value = await self._vault.get(owner, version, sealed=None if gone else sealed)
         if self._seconds > 0 and before == self._destroyed:
             self._keep(owner, found, _copied(value))
         return found, value
@@ -80,14 +93,17 @@ class CachedVault:
 
     async def destroy(self, owner: str) -> None:
         """See ``Vault``."""
-        self._drop(owner)
-        self._gone[owner] = None
-        if len(self._gone) > LARGEST:
-            self._gone.popitem(last=False)
+        self._lose(owner)
         try:
             await self._vault.destroy(owner)
         finally:
-            self._drop(owner)  # again: a read may have begun meanwhile
+            self._lose(owner)  # again: a read or a write may have begun meanwhile
+
+    def _lose(self, owner: str) -> None:
+        self._drop(owner)
+        self._gone[owner] = math.inf
+        if len(self._gone) > LARGEST:
+            self._gone.popitem(last=False)
 
     def _drop(self, owner: str) -> None:
         self._destroyed += 1

@@ -6,8 +6,8 @@ Three rings, each opened by the one outside it::
       └── data keys       random, in table ``data_keys``, wrapped by a key-encryption key
             └── values    envelopes in ``sealed_*`` columns (``broker.vault.sealed_places``)
 
-Every key can be replaced while the broker runs. A data key is next, then current, then previous, and in the end retired
-and shredded; what is written is under a live one, which ``Sealer.write`` has looked up in the same transaction
+Every key can be replaced while the broker runs. A data key is next, then current, then previous, then retired, and a day
+later shredded; what is written is under a live one, which ``Sealer.write`` has looked up in the same transaction
 (``broker.vault.floor``).
 
 A key is never used for two things: what wraps, seals, checks or authenticates is derived from it by HKDF-SHA256 (RFC 5869).

@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import sqlalchemy as sa
 from sqlmodel import Session, select
@@ -25,7 +25,7 @@ from sqlmodel import Session, select
 from broker.database import Database, now
 from broker.errors import SecretStoreUnavailable
 from broker.models import ClientSecret, Connection
-from broker.vault import SecretNotFound, SecretUnreadable, Vault, VaultConflict
+from broker.vault import SecretNotFound, SecretUnreadable, Store, Vault, VaultConflict
 
 KEPT_VERSIONS = 3
 TRIES = 4
@@ -35,13 +35,6 @@ BATCH = 500
 UNNAMED_SECONDS = 86_400.0  # as old as what the sweeper takes: between vault and row pass seconds
 Verdict = Literal["equal", "behind", "gone", "unnamed", "differs", "missing", "unreadable"]
 Content = tuple[int, dict[str, Any]]
-
-
-class Store(Vault, Protocol):
-    """A vault that secrets can be moved to."""
-
-    async def put_as(self, owner: str, value: Mapping[str, Any], *, expected_version: int, version: int) -> None:
-        """Store as ``put`` does, but under this number, which is greater than ``expected_version``."""
 
 
 # While replicas change from one store to the other
@@ -59,43 +52,49 @@ class MovingVault:
     """
 
     new: Store
-    old: Vault
+    old: Store
 
     async def put(self, owner: str, value: Mapping[str, Any], *, expected_version: int) -> int:
         """See ``Vault``. Both stores have to be there."""
-        in_old = await self._put_old(owner, value, expected_version)
+        await self.put_as(owner, value, expected_version=expected_version, version=expected_version + 1)
+        return expected_version + 1
+
+    async def put_as(self, owner: str, value: Mapping[str, Any], *, expected_version: int, version: int) -> None:
+        """See ``Store``; otherwise as ``put``."""
+        in_old = await self._put_old(owner, value, expected_version, version)
         for _ in range(TRIES):
             with contextlib.suppress(_Raced):
-                return await self._put_new(owner, value, expected_version, in_old=in_old)
+                return await self._put_new(owner, value, expected_version, version, in_old=in_old)
         raise SecretStoreUnavailable("others keep writing this secret")
 
-    async def _put_old(self, owner: str, value: Mapping[str, Any], expected: int) -> bool:
+    async def _put_old(self, owner: str, value: Mapping[str, Any], expected: int, version: int) -> bool:
         """Return whether it was written; not where ``old`` was left behind (VaultConflict where it is ahead)."""
         try:
-            await self.old.put(owner, value, expected_version=expected)
+            await self.old.put_as(owner, value, expected_version=expected, version=version)
         except VaultConflict as conflict:
             if conflict.current > expected:
                 raise
             return False
         return True
 
-    async def _put_new(self, owner: str, value: Mapping[str, Any], expected: int, *, in_old: bool) -> int:
+    async def _put_new(
+        self, owner: str, value: Mapping[str, Any], expected: int, version: int, *, in_old: bool
+    ) -> None:
         try:
-            return await self.new.put(owner, value, expected_version=expected)
+            return await self.new.put_as(owner, value, expected_version=expected, version=version)
         except VaultConflict as conflict:
             newest = conflict.current
         if newest > expected:
-            if newest == expected + 1 and in_old and await self._moved_meanwhile(owner, newest, value):
-                return newest
+            if newest == version and in_old and await self._moved_meanwhile(owner, newest, value):
+                return None
             raise VaultConflict(newest)
         if not in_old:
             raise VaultConflict(newest)
         try:
             newest = await _carry(self.old, self.new, owner, after=newest, until=expected)
-            await self.new.put_as(owner, value, expected_version=newest, version=expected + 1)
+            return await self.new.put_as(owner, value, expected_version=newest, version=version)
         except VaultConflict:
             raise _Raced from None
-        return expected + 1
 
     async def _moved_meanwhile(self, owner: str, version: int, value: Mapping[str, Any]) -> bool:
         """Whether ``migrate`` has taken over just what was written to ``old`` a moment ago."""
@@ -388,7 +387,8 @@ async def _at_once(owners: Sequence[str], work: Callable[[str], Any]) -> None:
 def named_versions(session: Session, owners: Sequence[str]) -> dict[str, int]:
     """Return the version that each owner's row names; an owner whose row is not there is left out.
 
-    A connection's row names one, or none that is left (a revocation has destroyed it); a client secret has only its first.
+    A connection's row names one, or none that is left (a revocation has destroyed it: 0, or the last number, negative); a
+    client secret has only its first.
     0 for what belongs to no kind of row that is known.
     """
     ids = {owner: owner.rpartition("/")[2] for owner in owners}
@@ -400,7 +400,7 @@ def named_versions(session: Session, owners: Sequence[str]) -> dict[str, int]:
     named: dict[str, int] = {}
     for owner, row_id in ids.items():
         if owner.startswith("connections/"):
-            named.update({owner: connections[row_id]} if connections.get(row_id) else {})
+            named.update({owner: connections[row_id]} if connections.get(row_id, 0) > 0 else {})
         elif owner.startswith("integrations/"):
             named.update({owner: 1} if owner in secrets else {})
         else:

@@ -16,7 +16,7 @@ NUMBER = "broker:version"  # beside the value, only where it differs from the st
 
 @dataclass(frozen=True, slots=True)
 class Numbered:
-    """Adds ``put_as`` (see ``moving.Store``) to a vault whose versions it cannot choose, such as KV v2.
+    """Adds ``put_as`` (see ``Store``) to a vault whose versions it cannot choose, such as KV v2.
 
     Rows name versions, so a secret that was renewed 8,760 times elsewhere has to be version 8,760 here too: written 8,760
     times that would take 15 seconds of a Vault, for each connection. Instead each version says its number, where it is not
@@ -32,7 +32,7 @@ class Numbered:
         return expected_version + 1
 
     async def put_as(self, owner: str, value: Mapping[str, Any], *, expected_version: int, version: int) -> None:
-        """See ``moving.Store``. One read more than the store's own ``put``, but for an owner that is new."""
+        """See ``Store``. One read more than the store's own ``put``, but for an owner that is new."""
         own, newest = (0, 0) if expected_version == 0 else await self._newest(owner)
         if newest != expected_version:
             raise VaultConflict(newest)

@@ -38,38 +38,47 @@ class Row(NamedTuple):
 class Place:
     """One column of sealed bytes. ``bound`` says for whom a row's bytes open: (owner, purpose, version).
 
-    Where ``key_id`` names an indexed column, rows are found by it, and what is sealed anew changes it too; elsewhere by what
-    the bytes themselves begin with, which walks over the whole table.
+    Where ``key_id`` names an indexed column, what is sealed anew changes it too. A value is under a key when that column or
+    the bytes themselves say so: who restores the bytes alone from a backup leaves the column behind. That walks over the
+    whole table; ``by_column`` spares it, and trusts the column where there is one. ``emptied``: rows whose bytes were
+    destroyed on purpose.
     """
 
     table: sa.Table
     column: str
     bound: Callable[[Any], tuple[str, str, int]] = field(repr=False)
     key_id: str | None = None
+    emptied: sa.ColumnElement[bool] | None = field(default=None, repr=False, compare=False)
 
     @property
     def name(self) -> str:
         """``table.column``."""
         return f"{self.table.name}.{self.column}"
 
-    def count_under(self, session: Session, key_id: str) -> int:
+    def count_under(self, session: Session, key_id: str, *, by_column: bool = False) -> int:
         """Return how many values are under a data key."""
-        query = sa.select(sa.func.count()).select_from(self.table).where(self._under(key_id))
+        query = sa.select(sa.func.count()).select_from(self.table).where(self._under(key_id, by_column=by_column))
         return int(session.execute(query).scalar_one())
 
     def batch(
-        self, session: Session, key_id: str | None, after: Sequence[str | int] | None, limit: int = BATCH
+        self,
+        session: Session,
+        key_id: str | None,
+        after: Sequence[str | int] | None,
+        limit: int = BATCH,
+        *,
+        by_column: bool = False,
     ) -> list[Row]:
         """Return the first values under a data key (None: any) in the order of the primary keys, behind ``after``."""
         pks = list(self.table.primary_key.columns)
-        query = sa.select(self.table).where(self._under(key_id)).order_by(*pks).limit(limit)
+        query = sa.select(self.table).where(self._under(key_id, by_column=by_column)).order_by(*pks).limit(limit)
         if after is not None:
             query = query.where(sa.tuple_(*pks) > sa.tuple_(*after))
         return [self._row(found) for found in session.execute(query)]
 
     def one(self, session: Session, pk: Sequence[str | int]) -> Row | None:
         """Return one row's value as it is now; None when the row is gone or holds none."""
-        query = sa.select(self.table).where(*self._is(pk), self._sealed.is_not(None))
+        query = sa.select(self.table).where(*self._is(pk), self._holds_one())
         found = session.execute(query).one_or_none()
         return None if found is None else self._row(found)
 
@@ -91,13 +100,19 @@ class Place:
     def _is(self, pk: Sequence[str | int]) -> list[sa.ColumnElement[bool]]:
         return [column == value for column, value in zip(self.table.primary_key.columns, pk, strict=True)]
 
-    def _under(self, key_id: str | None) -> sa.ColumnElement[bool]:
+    def _holds_one(self) -> sa.ColumnElement[bool]:
+        there = self._sealed.is_not(None)
+        return there if self.emptied is None else sa.and_(there, sa.not_(self.emptied))
+
+    def _under(self, key_id: str | None, *, by_column: bool = False) -> sa.ColumnElement[bool]:
         if key_id is None:
-            return self._sealed.is_not(None)
-        if self.key_id is not None:
-            return self.table.c[self.key_id] == key_id
+            return self._holds_one()
         prefix = envelope_prefix(key_id)
-        return sa.func.substr(self._sealed, 1, len(prefix), type_=sa.LargeBinary) == prefix
+        by_bytes = sa.func.substr(self._sealed, 1, len(prefix), type_=sa.LargeBinary) == prefix
+        if self.key_id is None:
+            return by_bytes
+        filed = self.table.c[self.key_id] == key_id
+        return filed if by_column else sa.or_(filed, by_bytes)
 
     def _row(self, found: sa.Row[Any]) -> Row:
         pk = tuple(getattr(found, column.name) for column in self.table.primary_key.columns)
@@ -109,6 +124,7 @@ def _table(model: type[SQLModel]) -> sa.Table:
     return cast("sa.Table", model.__table__)  # type: ignore[attr-defined]
 
 
+_SYSTEM_KEYS = _table(SystemKey)
 PLACES: tuple[Place, ...] = (
     Place(_table(SealedSecret), "sealed", lambda row: (row.owner, "secret", row.version), key_id="key_id"),
     Place(_table(Flow), "sealed_verifier", lambda row: (row.id, "verifier", 1)),
@@ -119,5 +135,10 @@ PLACES: tuple[Place, ...] = (
         "sealed_answer",
         lambda row: (f"connections/{row.connection_id}", "journal", row.fence),
     ),
-    Place(_table(SystemKey), "sealed_key", lambda row: (owner_of(row.id), row.purpose, 1)),
+    Place(
+        _SYSTEM_KEYS,
+        "sealed_key",
+        lambda row: (owner_of(row.id), row.purpose, 1),
+        emptied=sa.and_(_SYSTEM_KEYS.c.state == "retired", _SYSTEM_KEYS.c.sealed_key == b""),
+    ),
 )

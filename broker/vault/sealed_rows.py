@@ -30,9 +30,10 @@ class SealedRows:
 
     A row opens only for its own owner and version: one that was moved, renumbered or damaged is ``SecretUnreadable`` and
     harms no other. What a vault cannot see by itself is a *missing* newest version: so whoever depends on the newest names
-    the version that it expects (``Connection.secret_version``). After ``destroy`` an owner would begin at version 1 again,
+    the version that it expects (``Connection.secret_version``). After ``destroy``, ``put`` would begin at version 1 again,
     and an old ciphertext of its version 1, put back by somebody who can write to the database, would open: therefore an
-    owner is never used again. Owners end in a random id, which makes it so.
+    owner is never used again, but for a revoked connection, whose row keeps the last number for ``put_as`` to go on from.
+    Owners end in a random id, which makes it so.
 
     Every method raises ``SecretStoreUnavailable`` when the database fails. Calls may run at once, in many processes.
     """
@@ -50,7 +51,7 @@ class SealedRows:
         return expected_version + 1
 
     async def put_as(self, owner: str, value: Mapping[str, Any], *, expected_version: int, version: int) -> None:
-        """See ``moving.Store``; otherwise as ``put``."""
+        """See ``Store``; otherwise as ``put``."""
         plaintext = json.dumps(dict(value), sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
 
         def work(session: Session, seal: Seal) -> None:

@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import structlog
 from sqlalchemy.exc import IntegrityError
 from sqlmodel import Session, col, select
 
@@ -16,6 +17,8 @@ from broker.models import SystemKey, new_id
 from broker.vault import SecretUnreadable
 from broker.vault.floor import require_live_key
 from broker.vault.keyring import KEY_BYTES, Sealer
+
+log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,7 +34,8 @@ class SystemKeys:
     """The root keys of one purpose. Calls may run at once; ``load`` first.
 
     What they mean is the owner's: it derives what it needs, and may keep what it derived by ``RootKey.id``. A key that does
-    not open is left out, and with it what was made with it; without a current one nothing new can be made.
+    not open is logged; it is left out, and with it what was made with it, unless it has opened here before: an id names one
+    key for ever. Without a current one nothing new can be made.
     """
 
     def __init__(
@@ -43,10 +47,11 @@ class SystemKeys:
         self.purpose = purpose
         self._id_of = id_of or (lambda _: new_id("key"))
         self._by_id: Mapping[str, RootKey] = {}
+        self._unopened: frozenset[str] = frozenset()
 
     @property
     def current(self) -> RootKey:
-        """The key that makes what is new (SecretStoreUnavailable when it does not open)."""
+        """The key that makes what is new (SecretStoreUnavailable when it does not open, and never has here)."""
         for key in self._by_id.values():
             if key.state == "current":
                 return key
@@ -54,7 +59,7 @@ class SystemKeys:
 
     @property
     def all(self) -> Sequence[RootKey]:
-        """Every key that opens, of every state but retired: next, current, then previous ones, newest first."""
+        """Every key that opens or has opened here, of every state but retired: next, current, previous, newest first."""
         return tuple(self._by_id.values())
 
     def get(self, key_id: str) -> RootKey | None:
@@ -75,12 +80,25 @@ class SystemKeys:
         await self.refresh()
 
     async def refresh(self) -> None:
-        """Read the keys again, as other processes left them; what is known stays when the database fails, which raises."""
+        """Read the keys again, as other processes left them; what is known stays when the database fails, which raises.
+
+        A key that was known and does not open now (its row is damaged, or this process lacks the key-encryption key) stays
+        too, with the state of its row; one whose row is gone or retired does not.
+        """
         rows = await self._database.read(self._rows)
         if any(not self._sealer.knows(row.sealed_key) for row in rows):
             await self._sealer.refresh(self._database)
-        opened = [key for row in rows if (key := self._opened(row)) is not None]
-        self._by_id = {key.id: key for key in opened}
+        opened = {row.id: key for row in rows if (key := self._opened(row)) is not None}
+        self._tell_unopened(frozenset(row.id for row in rows) - opened.keys())
+        known = self._by_id
+        kept = {row.id: RootKey(row.id, row.state, known[row.id].root) for row in rows if row.id in known}
+        self._by_id = {row.id: (kept | opened)[row.id] for row in rows if row.id in kept | opened}
+
+    def _tell_unopened(self, key_ids: frozenset[str]) -> None:
+        """Log a key when it is found not to open, not each time that it is: the heartbeat looks every 2 s."""
+        for key_id in sorted(key_ids - self._unopened):
+            log.critical("system_key.unreadable", purpose=self.purpose, key=key_id, in_memory=key_id in self._by_id)
+        self._unopened = key_ids
 
     def new_row(self, state: str) -> SystemKey:
         """Return a fresh key, sealed, that is not in the database yet and has no times; ``insert_key`` writes it."""

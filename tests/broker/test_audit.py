@@ -277,6 +277,8 @@ async def test_digests_are_keyed_and_differ_by_purpose(database: Database) -> No
     found = [one.digest("s"), one.subject_digest("s"), other.digest("s"), other.subject_digest("s"), one.digest("t")]
     assert len(set(found)) == len(found)
     assert one.digest("s") == an_audit(database).digest("s")
+    both = Audit(database, OTHER_KEY, sinks=["database"], checkpoints=[], previous_keys=[KEY])
+    assert both.digests("s") == {one.digest("s"), other.digest("s")}
 
 
 @pytest.mark.parametrize("key", [b"", bytes(31), bytes(33)])

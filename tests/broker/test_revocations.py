@@ -15,6 +15,8 @@ import pytest
 import sqlalchemy as sa
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.pool import NullPool
 from sqlmodel import Session, col, select
 
 from broker.credentials.freezes import Selector
@@ -22,7 +24,7 @@ from broker.database import Database, opened
 from broker.demo.sandbox import SandboxOptions
 from broker.errors import BrokerError
 from broker.imports import Import
-from broker.models import AuditRecord, Connection, Revocation, RevocationResult, new_ids
+from broker.models import AuditRecord, BrowserSession, Connection, Revocation, RevocationResult, SealedSecret, new_ids
 from broker.revocations.stopping import selected
 from tests.crash.processes import ADMIN, Site, import_expired, open_site
 from tests.flows.time_passes import row_of
@@ -30,6 +32,12 @@ from tests.flows.time_passes import row_of
 MANY = 100_000 if os.environ.get("TEST_LONG") == "1" else 3_000
 PAIRS: Any = st.sampled_from(["a", "b", "ä", "a.b", "", "é'"])
 NAMES: Any = PAIRS.filter(bool)
+
+
+@pytest.fixture
+async def on_postgres(postgres_url: str, tmp_path: Path) -> AsyncIterator[Site]:
+    async with open_site(tmp_path, postgres_url, SandboxOptions()) as opened_site:
+        yield opened_site
 
 
 @pytest.fixture
@@ -208,7 +216,7 @@ async def test_a_refresh_under_way_is_waited_for_and_its_new_token_is_the_one_th
     view = await site.parts.revocations.view(row.id)
     assert (view.row.state, view.counts) == ("done", {"revoked": 1})
     assert [visit.outcome for visit in site.sandbox.state.visits if visit.endpoint == "revoke"]
-    assert (await row_of(site.parts.database, connection_id)).secret_version == 0
+    assert (await row_of(site.parts.database, connection_id)).secret_version == -before.secret_version - 1
 
 
 # Crashes, and several at work
@@ -265,6 +273,97 @@ async def test_one_provider_that_is_down_holds_up_no_other(site: Site) -> None:
     }
     assert results.pop(working).result == "revoked"
     assert {(one.result, one.attempts) for one in results.values()} == {("pending", 1)}
+
+
+async def hurry(site: Site) -> None:
+    """Let the time be over until the next try of all that is pending."""
+    due = sa.update(RevocationResult).values(not_before_at=0.0)
+    await site.parts.database.transaction(lambda session: session.execute(due))
+    site.parts.revocations._ending._lanes.clear()
+
+
+async def ends(site: Site, row: Revocation) -> dict[str, tuple[str, int]]:
+    found = await site.parts.revocations.results(row.id, result=None, limit=99, after=None)
+    return {one.connection_id: (one.result, one.attempts) for one in found}
+
+
+@pytest.mark.parametrize("action", ["revoke", "erase"])
+async def test_an_outage_of_the_secret_store_uses_up_no_try(site: Site, action: str) -> None:
+    ids = [await import_expired(site, "ada") for _ in range(3)]
+    if action == "erase":
+        row = await site.parts.revocations.erase("acme:ada", ADMIN, revoke=True)
+    else:
+        row = await revoke(site, subject="acme:ada")
+    database = site.parts.database
+    await database.transaction(lambda s: s.execute(sa.text("ALTER TABLE sealed_secrets RENAME TO gone")))
+    for _ in range(8):
+        await site.parts.revocations.advance()
+        await hurry(site)
+    assert await ends(site, row) == dict.fromkeys(ids, ("pending", 0))
+    await database.transaction(lambda s: s.execute(sa.text("ALTER TABLE gone RENAME TO sealed_secrets")))
+    await site.parts.revocations.advance()
+    assert await ends(site, row) == dict.fromkeys(ids, ("revoked", 1))
+
+
+async def test_a_secret_that_does_not_open_is_no_outage_and_holds_up_no_other(site: Site) -> None:
+    damaged, fine = await import_expired(site, "ada"), await import_expired(site, "ada")
+    damage = sa.update(SealedSecret).where(col(SealedSecret.owner) == f"connections/{damaged}").values(sealed=b"?")
+    await site.parts.database.transaction(lambda session: session.execute(damage))
+    row = await revoke(site, subject="acme:ada")
+    await site.parts.revocations.advance()
+    assert await ends(site, row) == {damaged: ("pending", 1), fine: ("revoked", 1)}
+
+
+async def test_an_erasure_and_a_lift_at_once_both_come_through(on_postgres: Site, postgres_url: str) -> None:
+    site = on_postgres  # SQLite has one writer
+    await add(site.parts.database, [connection(subject="s", account_id=f"a{n}") for n in range(3)])
+    await freeze(site, subject="s")
+    row = await freeze(site, subject="s")
+    session_row = BrowserSession(
+        id="ses_x", token_digest="x", caller_id="c", subject="s", created_at=1.0, expires_at=9e9
+    )
+    await site.parts.database.transaction(lambda session: session.add(session_row))
+    engine = create_async_engine(postgres_url, poolclass=NullPool)
+    async with engine.begin() as holder:  # the erasure waits for this row, in its midst
+        await holder.execute(sa.text("SELECT 1 FROM sessions WHERE id = 'ses_x' FOR UPDATE"))
+        erasing = asyncio.create_task(site.parts.revocations.erase("s", ADMIN, revoke=False))
+        await waiters(engine, 1)
+        lifting = asyncio.create_task(site.parts.revocations.lift(row.id, ADMIN))
+        await waiters(engine, 2)
+    await engine.dispose()
+    await asyncio.gather(erasing, lifting)
+    assert (await site.parts.revocations.get(row.id)).state == "lifting"
+
+
+async def test_a_lift_and_the_records_of_another_process_at_once_both_come_through(
+    on_postgres: Site, postgres_url: str
+) -> None:
+    site = on_postgres  # SQLite has one writer
+    await add(site.parts.database, [connection(subject="s", account_id=f"a{n}") for n in range(3)])
+    row = await freeze(site, subject="s")
+    await site.parts.revocations.work_on(row)
+    unrecorded = sa.update(RevocationResult).values(at=None)
+    await site.parts.database.transaction(lambda session: session.execute(unrecorded))
+    engine = create_async_engine(postgres_url, poolclass=NullPool)
+    async with other_process(site) as other:
+        async with engine.begin() as holder:
+            await holder.execute(sa.text("SELECT 1 FROM revocations FOR UPDATE"))
+            lifting = asyncio.create_task(site.parts.revocations.lift(row.id, ADMIN))
+            await waiters(engine, 1)
+            recording = asyncio.create_task(other.work_on(row))
+            await waiters(engine, 2)
+        await asyncio.gather(lifting, recording)
+    await engine.dispose()
+    assert await statuses(site.parts.database) == {"active": 3}
+
+
+async def waiters(engine: AsyncEngine, count: int) -> None:
+    """Wait until so many transactions of this database wait for a lock."""
+    waiting = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+    async with asyncio.timeout(10), engine.connect() as connection:
+        while await connection.scalar(sa.text(waiting)) < count:
+            await connection.rollback()  # or the view stays as it was
+            await asyncio.sleep(0.02)
 
 
 async def test_a_revocation_of_nothing_is_through_at_once(site: Site) -> None:

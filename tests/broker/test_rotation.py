@@ -13,12 +13,14 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.pool import NullPool
 from sqlmodel import Session, col, select
 from structlog.testing import capture_logs
 
 from broker.audit import Audit, open_audit
 from broker.audit.chain import keys_of
-from broker.database import Database, now
+from broker.database import Database, now, open_database
 from broker.errors import Conflict, InternalError, NotFound, SecretStoreUnavailable
 from broker.models import AuditRecord, DataKey, Flow, KeyCheck, Replica, Rotation, SealedSecret, SystemKey, new_id
 from broker.replicas import Replicas
@@ -26,6 +28,7 @@ from broker.rotation import Rotations, progress
 from broker.rotation.data import BATCH, DataKeys
 from broker.rotation.encryption import EncryptionKeys
 from broker.rotation.passes import after_pass
+from broker.rotation.retired import SHRED_AFTER_SECONDS
 from broker.rotation.steps import KeyClass, Record
 from broker.rotation.system import SKEW_SECONDS, SystemKeyClass
 from broker.settings import load_settings
@@ -189,7 +192,7 @@ async def test_every_value_is_sealed_anew_and_the_old_key_is_refused_from_then_o
     flow = await one.database.read(lambda session: session.get_one(Flow, flow_id))
     assert one.sealer.open(flow.sealed_verifier or b"", owner=flow_id, purpose="verifier", version=1) == b"verifier"
     (gone,) = await all_of(one.database, select(DataKey).where(DataKey.id == old))
-    assert (gone.wrapped, gone.current) == (b"", False)
+    assert not gone.current
     assert gone.retired_at is not None
     events = ("started", "published", "acknowledged", "switched", "retired", "done")
     assert await actions(one.database) == [f"rotation.{name}" for name in events]
@@ -310,6 +313,155 @@ async def test_a_process_that_cannot_open_the_keys_calls_nothing_unreadable(
         await other.rotations.advance(started.id)
     row = await one.finish(started.id)
     assert (row.state, row.failed) == ("done", 0)
+
+
+@pytest.mark.parametrize("level", ["repeatable read", "serializable"])
+async def test_the_floor_sees_who_committed_while_it_waited_whatever_the_server_begins_with(
+    postgres_url: str, place: Path, level: str
+) -> None:
+    name = sa.make_url(postgres_url).database
+    engine = create_async_engine(postgres_url, isolation_level="AUTOCOMMIT", poolclass=NullPool)
+    async with engine.connect() as connection:
+        await connection.execute(sa.text(f"ALTER DATABASE {name} SET default_transaction_isolation = '{level}'"))
+    database, elsewhere = open_database(postgres_url), open_database(postgres_url)
+    one, other = await open_process(database, place), await open_process(elsewhere, place)
+    started = await one.rotations.start("data", actor="tests")
+    await one.until(started.id, "floor")
+    owner, old = "connections/con_late", str(started.old_key)
+    late = other.sealer.seal(b'{"value":1}', owner=owner, purpose="secret", version=1)
+    async with engine.connect() as writer:  # a transaction that takes its time to commit
+        await writer.execute(sa.text("BEGIN"))
+        await writer.execute(sa.text("SELECT 1 FROM data_keys WHERE id = :id FOR KEY SHARE"), {"id": old})
+        values = {"owner": owner, "version": 1, "key_id": old, "sealed": late, "created_at": 1.0}
+        await writer.execute(sa.insert(SealedSecret), values)
+        floor = asyncio.create_task(one.rotations.advance(started.id))
+        async with asyncio.timeout(10):
+            while not await waits_for_a_lock(database):  # noqa: ASYNC110 - in the server
+                await asyncio.sleep(0.01)
+        await writer.execute(sa.text("COMMIT"))
+    assert (await floor).step == "rewrite", "it counted the value that was committed while it waited"
+    assert (await one.finish(started.id)).state == "done"
+    assert await one.vault.get(owner) == (1, {"value": 1})
+    for process in (one, other):
+        await process.audit.aclose()
+        await process.database.aclose()
+    await engine.dispose()
+
+
+async def waits_for_a_lock(database: Database) -> bool:
+    query = sa.text(
+        "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+    )
+    return bool(await database.read(lambda session: session.execute(query).scalar_one()))
+
+
+# --- after the floor ------------------------------------------------------------------------------------------------------
+
+
+async def as_it_was(one: Process, owner: str) -> Callable[[Session], object]:
+    """Return what puts an owner's row back as it is now, as a process writes it that asks no floor."""
+    row = await one.database.read(lambda session: session.get_one(SealedSecret, (owner, 1)))
+    values = {"sealed": row.sealed, "key_id": row.key_id}
+    late = sa.update(SealedSecret).where(col(SealedSecret.owner) == owner).values(**values)
+    return lambda session: session.execute(late) and None
+
+
+async def a_day_passes(one: Process) -> None:
+    earlier = sa.update(DataKey).values(retired_at=DataKey.retired_at - SHRED_AFTER_SECONDS)  # type: ignore[operator]
+    await one.database.transaction(lambda session: session.execute(earlier) and None)
+
+
+async def test_a_retired_key_is_shredded_a_day_later_and_not_before(one: Process) -> None:
+    await one.store(2)
+    old = (await one.rotate("data")).old_key
+    assert await one.rotations.retire_due() == 0
+    (kept,) = await all_of(one.database, select(DataKey).where(DataKey.id == old))
+    assert kept.wrapped
+    await a_day_passes(one)
+    assert [await one.rotations.retire_due() for _ in range(2)] == [1, 0]
+    (gone,) = await all_of(one.database, select(DataKey).where(DataKey.id == old))
+    assert gone.wrapped == b""
+    assert (await actions(one.database))[-1] == "key.shredded"
+
+
+async def test_a_key_under_which_somebody_writes_after_the_floor_is_live_again(one: Process, other: Process) -> None:
+    (owner,) = await one.store(1)
+    write_late = await as_it_was(one, owner)
+    old = (await one.rotate("data")).old_key
+    await one.database.transaction(write_late)
+    await one.sealer.refresh(one.database)
+    with pytest.raises(SecretUnreadable):
+        await one.vault.get(owner)
+    with capture_logs() as logs:
+        await one.rotations.retire_due()
+    assert [(line["event"], line["log_level"], line["key"]) for line in logs] == [("key.revived", "critical", old)]
+    assert (await actions(one.database))[-1] == "key.revived"
+    for process in (one, other):
+        assert await process.vault.get(owner) == (1, {"value": owner})
+    states = {
+        key.id: key.state for each in await one.rotations.report() if each.key_class == "data" for key in each.keys
+    }
+    assert states[str(old)] == "previous"
+    assert (await one.rotate("data")).state == "done"
+    assert await one.under(str(old)) == 0, "the next rotation takes it along"
+    assert await one.vault.get(owner) == (1, {"value": owner})
+
+
+async def test_a_value_whose_bytes_alone_came_back_revives_the_key_before_it_is_shredded(one: Process) -> None:
+    (owner,) = await one.store(1)
+    row = await one.database.read(lambda session: session.get_one(SealedSecret, (owner, 1)))
+    await one.rotate("data")
+    await only_bytes(one, owner, row.sealed)
+    await a_day_passes(one)
+    assert await one.rotations.retire_due() == 0
+    assert await one.vault.get(owner) == (1, {"value": owner})
+
+
+async def only_bytes(one: Process, owner: str, sealed: bytes) -> None:
+    """Do what an operator does who restores the bytes from a backup, and leaves the column with the key's id as it is."""
+    restore = sa.update(SealedSecret).where(col(SealedSecret.owner) == owner).values(sealed=sealed)
+    await one.database.transaction(lambda session: session.execute(restore) and None)
+
+
+async def test_the_floor_counts_by_the_bytes_and_they_are_rewritten(one: Process) -> None:
+    (owner,) = await one.store(1)
+    row = await one.database.read(lambda session: session.get_one(SealedSecret, (owner, 1)))
+    started = await one.rotations.start("data", actor="tests")
+    await one.until(started.id, "floor")
+    await only_bytes(one, owner, row.sealed)
+    assert (await one.rotations.advance(started.id)).step == "rewrite"
+    assert (await one.finish(started.id)).state == "done"
+    row = await one.database.read(lambda session: session.get_one(SealedSecret, (owner, 1)))
+    assert Sealer.key_id_of(row.sealed) == row.key_id != started.old_key
+    assert await one.vault.get(owner) == (1, {"value": owner})
+
+
+async def test_what_was_abandoned_revives_no_key(one: Process) -> None:
+    (lost,) = await one.store(1)
+    await broken(one, lost)
+    row = await one.rotate("data")
+    await one.rotations.resume(row.id, actor="tests", abandon_unreadable=True)
+    assert (await one.finish(row.id)).state == "done"
+    assert await one.rotations.retire_due() == 0
+    await a_day_passes(one)
+    assert await one.rotations.retire_due() == 1
+    assert "key.revived" not in await actions(one.database)
+
+
+async def test_a_retired_key_that_does_not_open_here_is_kept_while_something_is_under_it(one: Process) -> None:
+    (owner,) = await one.store(1)
+    write_late = await as_it_was(one, owner)
+    old = (await one.rotate("data")).old_key
+    await one.database.transaction(write_late)
+    damage = sa.update(DataKey).where(col(DataKey.id) == old).values(wrapped=b"\x01" + bytes(60))
+    await one.database.transaction(lambda session: session.execute(damage) and None)
+    await a_day_passes(one)
+    with capture_logs() as logs:
+        assert await one.rotations.retire_due() == 0
+    assert [line["event"] for line in logs] == ["key.retired_unreadable"]
+    (kept,) = await all_of(one.database, select(DataKey).where(DataKey.id == old))
+    assert kept.wrapped
+    assert kept.retired_at is not None, "a key that does not open would keep processes from starting"
 
 
 # --- acknowledging --------------------------------------------------------------------------------------------------------

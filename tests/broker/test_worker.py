@@ -216,6 +216,23 @@ async def test_secrets_that_no_row_names_are_swept_after_a_day(rig: Rig) -> None
     assert await count(rig.parts.database, SealedSecret) == 2, "the connection's and the client secret"
 
 
+async def test_what_is_left_of_a_secret_that_was_destroyed_is_swept_unless_a_new_one_is_being_written(rig: Rig) -> None:
+    connection, other = await rig.connected(), await rig.connected("acme:7", "bob")
+    for name, version in ((connection["id"], -1), (other["id"], 0)):
+        emptied = (
+            sa.update(Connection).where(col(Connection.id) == name).values(status="revoked", secret_version=version)
+        )
+        await rig.parts.database.transaction(lambda session, emptied=emptied: session.execute(emptied))  # type: ignore[misc]
+    at = await rig.parts.database.read(now)
+    sweep = rig.parts.credentials.sweep_unreferenced
+    assert await sweep(at=at + DAY - 10) == 0
+    async with rig.parts.credentials.holding(connection["id"]):
+        assert await sweep(at=at + DAY + 10) == 1, "an import writes to the other one"
+    await rig.parts.vault.get(secret_owner(connection["id"]))
+    assert await sweep(at=at + DAY + 10) == 1
+    assert await count(rig.parts.database, SealedSecret) == 1, "the client secret"
+
+
 # --- tidying ------------------------------------------------------------------------------------------------------------------
 
 

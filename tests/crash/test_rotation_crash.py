@@ -77,8 +77,8 @@ async def test_a_killed_rotation_is_finished_by_the_next_process(tmp_path: Path,
 
 
 async def check_clean(parts: Parts, old: str) -> None:
-    """Check that nothing is under the old key, which is gone."""
+    """Check that nothing is under the old key, which is retired."""
     for place in PLACES:
         assert await parts.database.read(lambda session, place=place: place.count_under(session, old)) == 0  # type: ignore[misc]
     key = await parts.database.read(lambda session: session.get_one(DataKey, old))
-    assert (key.wrapped, key.current) == (b"", False)
+    assert (key.retired_at is not None, key.current) == (True, False)

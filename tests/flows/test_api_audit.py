@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 import sqlalchemy as sa
 
 from broker.audit import check_export
+from broker.audit.sinks import DEADLINE_SECONDS
 from broker.models import AuditRecord
 from tests.flows.api_calls import check_problem, imported
 from tests.flows.rig import Rig, open_rig
@@ -93,3 +96,30 @@ async def test_a_chain_that_cannot_be_written_on_can_still_be_looked_at(
         assert await rig.parts.audit.accept(by="olga", reason="a test") is not None
         accepted = (await rig.call("GET", "/v1/audit/verify")).json()
         assert (accepted["ok"], accepted["accepted"][0]["reason"]) == (True, "a test")
+
+
+async def test_an_edited_record_is_named_in_the_seal_of_an_export(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    folder: Path = tmp_path_factory.mktemp("audit")
+    async with open_rig(folder) as rig:
+        await imported(rig, "acme:1")
+        await rig.parts.database.transaction(
+            lambda session: session.execute(sa.text("UPDATE audit_records SET action = 'x.y' WHERE number = 2"))
+        )
+        answer = await rig.call("GET", "/v1/audit/export")
+        seal = json.loads(answer.content.splitlines()[-1])["seal"]
+        assert (seal["complete"], seal["break"]) == (False, {"problem": "edited", "number": 2})
+
+
+async def test_a_place_of_checkpoints_that_became_a_pipe_holds_up_nobody(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    folder: Path = tmp_path_factory.mktemp("audit")
+    pipe = folder / "points"
+    async with open_rig(folder, audit_checkpoints=(f"file:{pipe}",)) as rig:
+        pipe.unlink(missing_ok=True)
+        os.mkfifo(pipe)
+        async with asyncio.timeout(DEADLINE_SECONDS + 5):
+            check_problem(await rig.call("GET", "/v1/audit/verify"), 503, "audit_unavailable")
+        assert (await rig.call("GET", "/v1/audit?limit=1")).status_code == 200

@@ -32,7 +32,7 @@ ROUTES = {
     *("GET /v1/integrations/{id}/client-secrets", "DELETE /v1/integrations/{id}/client-secrets/{id}"),
     *("GET /v1/providers", "GET /v1/providers/{id}", "GET /v1/callers", "POST /v1/callers", "GET /v1/callers/{id}"),
     *("PATCH /v1/callers/{id}", "DELETE /v1/callers/{id}", "POST /v1/callers/{id}/keys"),
-    *("POST /v1/token-exchange", "GET /.well-known/jwks.json"),
+    "POST /v1/token-exchange",
     *("POST /v1/device-flows", "GET /v1/device-flows/{id}"),
     *("DELETE /v1/callers/{id}/keys/{id}", "GET /v1/audit", "GET /v1/audit/verify"),
     *("GET /v1/audit/keys", "GET /v1/audit/export"),

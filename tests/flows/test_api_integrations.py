@@ -22,9 +22,10 @@ from broker.errors import ProviderUnavailable
 from broker.integrations import Draft
 from broker.models import ClientSecret, Integration, SealedSecret
 from broker.settings import SettingsError, load_settings
+from providers.spec import Secret
 from tests.fakes import Seen, listening
 from tests.flows.api_calls import check_problem, imported, unused
-from tests.flows.rig import Rig, open_rig
+from tests.flows.rig import Rig, eventually, open_rig
 from tests.flows.shared import audited, person, rows
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -682,6 +683,32 @@ async def test_later_starts_take_only_id_and_secret_from_the_environment(tmp_pat
             assert (await parts.integrations.get("github")).row.client_id == "two"
             values = [value.reveal() for value in await parts.integrations.secret_values("github")]
             assert values == ["second", "first"]
+
+
+@pytest.mark.parametrize("moved", [False, True], ids=["as configured", "endpoints changed by an admin"])
+async def test_a_start_after_a_rotation_of_the_audits_key_knows_the_secret_of_the_environment(
+    tmp_path: Path,
+    moved: bool,  # noqa: FBT001 - a case
+) -> None:
+    settings = loaded(tmp_path, {"GITHUB_CLIENT_ID": "one", "GITHUB_CLIENT_SECRET": "first"})
+    ghe = {
+        "authorize_url": "https://ghe.test/authorize",
+        "token_url": "https://ghe.test/token",
+        "api_base_url": "https://ghe.test/api",
+    }
+    async with open_parts(settings) as parts:
+        if moved:
+            await parts.integrations.update(Draft("github", config=ghe, client_secret=Secret("first")), None)
+        rotation = await parts.rotations.start("audit", actor="test")
+
+        async def done() -> bool:
+            return (await parts.rotations.advance(rotation.id)).state == "done"
+
+        await eventually(done, seconds=30)
+        (before,) = await parts.integrations.secrets("github")
+    async with open_parts(settings) as parts:
+        assert before.value_digest != parts.audit.digest("first"), "another key makes digests now"
+        assert [row.id for row in await parts.integrations.secrets("github")] == [before.id]
 
 
 async def test_replicas_that_start_at_once_make_one_integration_with_one_secret(

@@ -19,6 +19,7 @@ from sqlmodel import col
 
 from broker.app import new_worker
 from broker.callers.signatures import REGISTRY
+from broker.callers.trust import load_trust
 from broker.models import SystemKey
 from tests.fakes import listening
 from tests.flows.api_calls import check_problem, grant, imported, unused
@@ -312,6 +313,50 @@ async def test_an_issuers_token_is_exchanged_and_not_outlived(world: World) -> N
     assert await world.status(token) == 200
     made = await world.rig.call("POST", "/v1/sessions", {"subject": "a"}, key=token)
     assert made.status_code == 400  # there is none that it may connect
+
+
+OTHER = "system:serviceaccount:mail:other"
+BOTH = {**RULE, "subject": "system:serviceaccount:mail:(sender|other)"}
+CLAIMED = {**BOTH, "claims": {"tier": "prod"}}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "statuses"),
+    [
+        (BOTH, [BOTH], (200, 200)),
+        (BOTH, [RULE], (200, 401)),
+        (BOTH, [{**BOTH, "grants": [grant("connect")]}], (200, 200)),
+        (BOTH, [{**RULE, "name": "first"}, BOTH], (401, 200)),
+        (BOTH, [{**BOTH, "name": "renamed"}], (401, 401)),
+        (BOTH, [CLAIMED], (401, 401)),
+        (CLAIMED, [CLAIMED], (200, 200)),
+        (CLAIMED, [{**CLAIMED, "claims": {"tier": "dev"}}], (401, 401)),
+        (CLAIMED, [RULE], (200, 401)),
+    ],
+)
+async def test_an_exchanged_token_ends_when_the_rules_of_now_do_not_let_its_subject_in(
+    world: World, tmp_path: Path, before: Any, after: list[Any], statuses: tuple[int, int]
+) -> None:
+    callers = world.rig.parts.callers
+
+    def restart_with(rules: list[Any]) -> None:
+        entry = {"issuer": world.issuer, "audience": "broker", "jwks_url": f"{world.issuer}/keys", "rules": rules}
+        (tmp_path / "trusted.json").write_text(json.dumps({"issuers": [entry]}), encoding="utf-8")
+        settings = world.rig.parts.settings.model_copy(update={"trusted_issuers_file": tmp_path / "trusted.json"})
+        callers._standing._trust = callers.tokens.issuers.trust = load_trust(settings)
+        callers._known.clear()
+
+    whole = callers.tokens.issuers.trust
+    try:
+        restart_with([before])
+        shown = [world.token(sub=subject, tier="prod") for subject in (SUBJECT, OTHER)]
+        tokens = [await world.exchanged(one, subject_token_type=JWT, scope="read:sandbox") for one in shown]
+        assert [await world.status(one) for one in tokens] == [200, 200]
+        restart_with(after)
+        assert tuple([await world.status(one) for one in tokens]) == statuses
+    finally:
+        callers._standing._trust = callers.tokens.issuers.trust = whole
+        callers._known.clear()
 
 
 async def test_the_audit_says_who_exchanged_what(world: World) -> None:

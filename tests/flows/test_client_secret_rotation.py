@@ -14,7 +14,8 @@ from sqlmodel import col
 from broker.app import running_worker
 from broker.client_secrets import GIVE_UP_SECONDS, Canaries, Standing, next_move, pause_seconds
 from broker.database import now
-from broker.demo.sandbox import DEMO_CLIENT_ID, DEMO_CLIENT_SECRET
+from broker.demo.sandbox import DEMO_CLIENT_ID, DEMO_CLIENT_SECRET, Fault
+from broker.integrations.client_secrets import SecretUse
 from broker.models import Connection, Rotation
 from broker.vault import SecretNotFound
 from providers.spec import Secret
@@ -235,6 +236,37 @@ async def test_one_candidate_at_a_time_and_the_same_value_without_a_canary_promo
     assert len(owners) == 2, "what was put into the vault in vain is destroyed"
 
 
+async def test_the_same_value_is_known_again_after_the_audits_key_was_rotated(rig: Rig) -> None:
+    (first,) = await listed(rig)
+    async with running_worker(rig.parts):
+        rotation = (await rig.call("POST", "/v1/keys/audit/rotate")).json()
+
+        async def over() -> bool:
+            return bool((await rig.call("GET", f"/v1/rotations/{rotation['id']}")).json()["state"] == "done")
+
+        await eventually(over, seconds=30)
+    await rig.parts.replicas.beat()
+    await rig.call("PATCH", "/v1/integrations/sandbox", {"description": "recorded under the new key"})
+    (row,) = await rig.parts.integrations.secrets("sandbox")
+    assert row.value_digest != rig.parts.audit.digest(OLD), "another key makes digests now"
+    assert (await add(rig, OLD))["id"] == first["id"]
+    assert (await rig.call("PATCH", "/v1/integrations/sandbox", {"client_secret": OLD})).status_code == 200
+    assert [one["id"] for one in await listed(rig)] == [first["id"]]
+
+
+async def test_of_a_secret_that_was_taken_and_at_once_refused_both_moments_are_kept(rig: Rig) -> None:
+    (held,) = await listed(rig)
+    use = SecretUse(rig.parts.database)
+    use.note(taken=[held["id"]], refused=[])
+    await asyncio.sleep(0.01)
+    use.note(taken=[], refused=[held["id"]])
+    await use.aclose()  # in one batch
+    (row,) = await rig.parts.integrations.secrets("sandbox")
+    assert row.last_used_at is not None
+    assert row.refused_at is not None
+    assert row.refused_at > row.last_used_at
+
+
 @pytest.mark.parametrize("canary", [0, 101, "5", 1.5])
 async def test_a_canary_is_a_number_from_1_to_100(rig: Rig, canary: Any) -> None:
     refused = await rig.call("POST", PATH, {"client_secret": NEW, "canary": canary})
@@ -310,6 +342,67 @@ async def test_a_paused_canary_rests_and_goes_on_when_it_is_resumed(rig: Rig) ->
     await rig.parts.canaries.run_due()
     assert (await rig.call("GET", path)).json()["state"] == "done"
     assert await states(rig) == ["live", "live"]
+
+
+async def paused_while_it_asks(rig: Rig, secret: dict[str, Any]) -> str:
+    """Let a canary ask the provider, which is slow, and pause it meanwhile; return the path of its rotation."""
+    path = f"/v1/rotations/{secret['rotation_id']}"
+    rig.sandbox.state.add_fault(Fault(kind="stall", seconds=1.5))
+    asking = asyncio.create_task(rig.parts.canaries.run_due())
+
+    async def under_way() -> bool:
+        return (await canary_of(rig, secret)).lease_owner is not None
+
+    await eventually(under_way)
+    assert (await rig.call("POST", f"{path}/pause")).json()["state"] == "paused"
+    assert not asking.done(), "it was paused before the provider answered"
+    await asking
+    assert (await rig.call("GET", path)).json()["state"] == "paused"
+    return path
+
+
+@pytest.mark.parametrize(("known", "after"), [(NEW, ["live", "live"]), (OLD, ["live"])])
+@pytest.mark.parametrize("users", [(), ("ada", "ben")], ids=["made-up code", "connections"])
+async def test_a_canary_that_is_paused_while_the_provider_answers_neither_promotes_nor_rolls_back(
+    rig: Rig, known: str, after: list[str], users: tuple[str, ...]
+) -> None:
+    await people(rig, *users)
+    provider_takes(rig, known)
+    secret = await add(rig, canary=1)
+    path = await paused_while_it_asks(rig, secret)
+    assert await states(rig) == ["candidate", "live"]
+    assert not await is_gone(rig, secret["id"])
+    lines = (await rig.call("GET", "/v1/integrations/sandbox/logs")).json()["data"]
+    assert not [line for line in lines if "client secret" in line["text"]]
+    await rig.call("POST", f"{path}/resume")
+    await set_rotation(rig, secret["rotation_id"], lease_expires_at=0.0)
+    await rig.parts.canaries.run_due()
+    assert await states(rig) == after
+
+
+async def test_a_canary_whose_lease_another_process_took_changes_nothing(rig: Rig) -> None:
+    secret, integrations = await add(rig, canary=1), rig.parts.integrations
+    await set_rotation(rig, secret["rotation_id"], lease_owner="another", lease_expires_at=1e12)
+    for done in (
+        await integrations.promote_proven("sandbox", secret["id"], owner="me", reason="proven"),
+        await integrations.roll_back_secret("sandbox", secret["id"], owner="me", reason="timed_out"),
+    ):
+        assert not done
+    assert await states(rig) == ["candidate", "live"]
+    assert await integrations.promote_proven("sandbox", secret["id"], owner="another", reason="proven")
+    assert await states(rig) == ["live", "live"]
+
+
+async def test_a_canary_does_not_say_which_connections_it_tried(rig: Rig) -> None:
+    ids = await people(rig, "ada", "ben")
+    provider_takes(rig, OLD, NEW)
+    secret = await add(rig, canary=2)
+    await rig.parts.canaries.run_due()
+    assert set((await canary_of(rig, secret)).detail["tried"]) == set(ids.values())
+    for path in ("/v1/rotations", f"/v1/rotations/{secret['rotation_id']}"):
+        answer = await rig.call("GET", path)
+        assert answer.status_code == 200
+        assert not [one for one in ids.values() if one in answer.text]
 
 
 async def test_a_canary_that_is_over_cannot_be_resumed_to_anything(rig: Rig) -> None:

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, cast
 
 import pytest
 import sqlalchemy as sa
+from sqlmodel import col
 
+from broker.connections import RECHECK_SECONDS, Asking, Connections
+from broker.errors import Conflict, ConnectionFrozen
+from broker.imports import Import
 from broker.models import Connection, Revocation, RevocationResult, SealedSecret
+from broker.oauth.confirm import Confirm, Confirmations
+from broker.policy import Principal
+from broker.refresh import Ask
+from providers.spec import Secret
 from tests.flows.api_calls import check_problem, grant, imported, unused
 from tests.flows.rig import APP, Rig, eventually, landed
 from tests.flows.shared import audited, connected, flow, person, rewritten, row, rows, subject
@@ -145,6 +154,72 @@ async def test_a_frozen_connection_hands_out_nothing_until_the_freeze_is_lifted(
     check_problem(await shared.call("DELETE", "/v1/revocations/rev_absent"), 404, "not_found")
 
 
+class Until:
+    """A part of the broker of which one method gives its first answer only after something else has happened."""
+
+    def __init__(self, part: Any, name: str, happens: Callable[[], Awaitable[Any]]) -> None:
+        """Stand before the true one."""
+        self.part, self.name, self.happens = part, name, happens
+        self.came: list[Any] = []
+
+    def __getattr__(self, name: str) -> Any:
+        """Pass everything else on."""
+        true = getattr(self.part, name)
+        if name != self.name:
+            return true
+
+        async def held(*args: Any, **options: Any) -> Any:
+            answer = await true(*args, **options)
+            if not self.came:
+                self.came.append(None)
+                self.came[0] = await self.happens()
+            return answer
+
+        return held
+
+
+def connections_with(rig: Rig, **others: Any) -> Connections:
+    """Return connections on the rig's own parts, but for those that are named."""
+    names = ("database", "vault", "credentials", "integrations", "audit", "metrics")
+    return Connections(*(others.get(name, getattr(rig.parts, name)) for name in names))
+
+
+async def admin(rig: Rig) -> Principal:
+    return await rig.parts.callers.identify(Secret(rig.admin_key))
+
+
+@pytest.mark.parametrize("by", ["id", "subject"])
+async def test_a_freeze_counts_from_before_the_first_read_however_slow_its_answer(shared: Rig, by: str) -> None:
+    made = await imported(shared, subject())
+
+    async def frozen_meanwhile() -> None:
+        await started(shared, "freeze", {"subject": made["subject"]})
+        await asyncio.sleep(RECHECK_SECONDS + 0.1)
+
+    slow = Until(shared.parts.database, "query", frozen_meanwhile)
+    connections, asking = connections_with(shared, database=slow), Asking(await admin(shared), lambda: admin(shared))
+    asked = {
+        "id": lambda: connections.token(made["id"], Ask(), asking),
+        "subject": lambda: connections.token_for("sandbox", made["subject"], Ask(), asking),
+    }
+    with pytest.raises(ConnectionFrozen):
+        await asked[by]()
+    assert slow.came
+    assert not await audited(shared, "connection.token", made["id"])
+
+
+async def test_a_test_of_the_integration_does_not_use_what_was_frozen_before_its_call(shared: Rig) -> None:
+    made = await connected(shared, subject(), person())  # the newest one
+    frozen = Until(shared.parts.audit, "record", lambda: started(shared, "freeze", {"subject": made["subject"]}))
+    connections = connections_with(shared, audit=frozen)
+    before = len(shared.sandbox.state.visits)
+    check = await connections.identity_check("sandbox", shared.parts.egress, await admin(shared))
+    assert check == {"name": "identity", "ok": False, "detail": ConnectionFrozen().detail}
+    assert await status(shared, made["id"]) == ("frozen", frozen.came[0]["id"])
+    assert len(await audited(shared, "integration.tested", made["id"])) == 1
+    assert len(shared.sandbox.state.visits) == before
+
+
 async def test_what_two_freezes_hold_stays_frozen_until_both_are_lifted(shared: Rig) -> None:
     for first_lifted in (0, 1):
         made = await imported(shared, subject())
@@ -251,6 +326,44 @@ async def test_a_revoked_connection_works_again_after_a_new_consent(shared: Rig)
     assert (await shared.whoami(handed_out.json()["access_token"])).status_code == 200
 
 
+def revoked_behind_the_put(rig: Rig, who: str) -> Until:
+    """Return credentials where a revocation begins when the vault has a new secret, before the row names it."""
+    return Until(rig.parts.credentials, "put", lambda: started(rig, "revoke", {"subject": who}))
+
+
+async def revoked_for_good(rig: Rig, connection_id: str, revocation: Mapping[str, Any]) -> None:
+    """Check that a revocation, once through, has ended a connection, whose secret is gone."""
+    shown = await through(rig, revocation["id"])
+    assert {one["connection_id"]: one["detail"] for one in shown["results"]}[connection_id] != "in_use_again"
+    check_problem(await rig.token(connection_id), 409, "connection_revoked")
+    assert f"connections/{connection_id}" not in {secret.owner for secret in await rows(rig, SealedSecret)}
+
+
+async def test_an_import_does_not_evade_a_revocation_that_begins_while_it_writes(shared: Rig) -> None:
+    who, account = subject(), unused("account-")
+    made = await imported(shared, who, account=account)
+    await rewritten(shared, Connection, made["id"], status="revoked")  # as a revocation that failed leaves it
+    revoking = revoked_behind_the_put(shared, who)
+    again = Import("sandbox", who, {"type": "oauth2", "access_token": unused("token-")}, {"id": account})
+    with pytest.raises(Conflict):
+        await connections_with(shared, credentials=revoking).import_(again, await admin(shared))
+    await revoked_for_good(shared, made["id"], revoking.came[0])
+
+
+async def test_a_confirm_does_not_evade_a_revocation_that_begins_while_it_writes(shared: Rig) -> None:
+    who, login = subject(), person()
+    made = await connected(shared, who, login)
+    await rewritten(shared, Connection, made["id"], status="revoked")
+    came = landed(await flow(shared, user=login))
+    parts, revoking = shared.parts, revoked_behind_the_put(shared, who)
+    confirmations = Confirmations(
+        parts.database, parts.vault, cast("Any", revoking), parts.audit, parts.callers.standing
+    )
+    with pytest.raises(Conflict):
+        await confirmations.confirm(Confirm(came["connection_id"], came["confirm"], who, APP), await admin(shared))
+    await revoked_for_good(shared, made["id"], revoking.came[0])
+
+
 async def test_a_pending_connection_is_revoked_and_gone(shared: Rig) -> None:
     who = subject()
     session = await shared.session(who)
@@ -286,6 +399,84 @@ async def test_a_provider_that_is_down_is_asked_again_and_in_the_end_it_is_said_
 
 async def rows_client(rig: Rig) -> str:
     return str((await rig.call("GET", "/v1/integrations/sandbox")).json()["client_id"])
+
+
+async def down(rig: Rig, connection_id: str) -> None:
+    """Let the provider be out of reach for this connection: nothing is sent to another client's grant."""
+    await rewritten(rig, Connection, connection_id, client_id="another")
+
+
+async def up_again(rig: Rig, connection_id: str) -> None:
+    await rewritten(rig, Connection, connection_id, client_id=await rows_client(rig))
+
+
+async def time_passes(rig: Rig, revocation_id: str) -> None:
+    """Let the time be over until the next try, and the settling of an erasure."""
+    again = sa.update(RevocationResult).where(col(RevocationResult.revocation_id) == revocation_id)
+    await rig.parts.database.transaction(lambda session: session.execute(again.values(not_before_at=0.0)))
+    await rewritten(rig, Revocation, revocation_id, created_at=0.0)
+    rig.parts.revocations._ending._lanes.clear()
+
+
+async def has_secret(rig: Rig, connection_id: str) -> bool:
+    return f"connections/{connection_id}" in {secret.owner for secret in await rows(rig, SealedSecret)}
+
+
+async def ended_with_its_row(rig: Rig, kind: str) -> tuple[str, str]:
+    """Erase a person, or revoke what waits for its confirm, while the provider is down; return connection and job."""
+    who = subject()
+    if kind == "erasure":
+        made = (await connected(rig, who, person()))["id"]
+        await down(rig, made)
+        return made, (await rig.call("DELETE", f"/v1/subjects/{who}")).json()["id"]
+    session = await rig.session(who)
+    made = landed(await flow(rig, user=person(), session=session["token"]))["connection_id"]
+    await down(rig, made)
+    return made, (await started(rig, "revoke", {"subject": who}))["id"]
+
+
+@pytest.mark.parametrize("kind", ["erasure", "pending"])
+async def test_the_secret_of_a_deleted_connection_stays_until_its_provider_has_answered(shared: Rig, kind: str) -> None:
+    made, job = await ended_with_its_row(shared, kind)
+    await shared.parts.revocations.advance()
+    await rewritten(shared, Connection, made, deleted_at=1.0)
+    assert made not in await shared.parts.credentials.left_behind(older_than_seconds=60.0)
+    assert await shared.parts.credentials.dispose(made) == "skipped"
+    assert await has_secret(shared, made)
+    shown = (await shared.call("GET", f"/v1/revocations/{job}")).json()
+    assert [(one["result"], one["attempts"]) for one in shown["results"]] == [("pending", 1)]
+    await up_again(shared, made)
+    await time_passes(shared, job)
+    assert (await through(shared, job))["counts"] == {"revoked": 1}
+    assert not await has_secret(shared, made)
+    assert await row(shared, made) is None
+
+
+@pytest.mark.parametrize("kind", ["erasure", "pending"])
+async def test_a_deleted_connection_is_gone_after_the_last_try_too(shared: Rig, kind: str) -> None:
+    made, job = await ended_with_its_row(shared, kind)
+    for attempt in range(1, 7):
+        assert await has_secret(shared, made), attempt
+        await time_passes(shared, job)
+        await shared.parts.revocations.advance()
+    shown = await through(shared, job)
+    assert (shown["state"], shown["failed"]) == ("done", 1)
+    assert [(one["result"], one["attempts"], one["detail"]) for one in shown["results"]] == [
+        ("failed", 6, "origin_changed")
+    ]
+    assert not await has_secret(shared, made)
+    assert await row(shared, made) is None
+
+
+async def test_a_delete_does_not_keep_a_revocation_from_the_provider(shared: Rig) -> None:
+    made = await connected(shared, subject(), person())
+    token = (await shared.token(made["id"])).json()["access_token"]
+    revoked = await started(shared, "revoke", {"subject": made["subject"]})
+    deleted = await shared.call("DELETE", f"/v1/connections/{made['id']}?revoke=false")
+    assert (deleted.status_code, deleted.json()["revocation"]) == (200, "skipped")
+    assert (await through(shared, revoked["id"]))["counts"] == {"revoked": 1}
+    assert (await shared.whoami(token)).status_code == 401
+    assert await row(shared, made["id"]) is None
 
 
 async def test_what_the_provider_said_before_a_crash_is_not_asked_again(shared: Rig) -> None:
@@ -373,3 +564,30 @@ async def test_an_erasure_leaves_other_people_alone_and_names_callers_that_grant
     assert (await through(shared, answer["id"]))["counts"] == {"skipped": 1}
     assert await row(shared, mine["id"]) is None
     assert (await shared.call("GET", f"/v1/connections/{other['id']}")).json()["subject"] == f"{who}0"
+
+
+async def test_a_second_erasure_takes_what_came_since_into_the_job_that_runs(shared: Rig) -> None:
+    who = subject()
+    first = await connected(shared, who, person())
+    await down(shared, first["id"])
+    job = (await shared.call("DELETE", f"/v1/subjects/{who}?revoke=false")).json()["id"]
+    second = await connected(shared, who, person())
+    token = (await shared.token(second["id"])).json()["access_token"]
+    await shared.session(who)
+    await time_passes(shared, job)
+    as_looked_at = await shared.parts.revocations.get(job)
+    again = (await shared.call("DELETE", f"/v1/subjects/{who}")).json()
+    assert (again["id"], again["total"]) == (job, 2)
+    assert (await shared.token(second["id"])).status_code == 404
+    assert who not in (await everything(shared))["sessions"]
+    await shared.parts.revocations.work_on(as_looked_at)
+    shown = (await shared.call("GET", f"/v1/revocations/{job}")).json()
+    assert shown["state"] == "running", "it settles anew, for a worker too that had looked before"
+    await time_passes(shared, job)
+    done = await through(shared, job)
+    assert {one["connection_id"]: one["result"] for one in done["results"]} == {
+        first["id"]: "skipped",
+        second["id"]: "revoked",
+    }
+    assert (await shared.whoami(token)).status_code == 401
+    assert [name for name, text in (await everything(shared)).items() if f"'{who}'" in text] == []

@@ -11,7 +11,8 @@ import sqlalchemy as sa
 from sqlmodel import Session
 
 from broker.database import now
-from broker.models import DataKey
+from broker.models import DataKey, SealedSecret
+from broker.vault.cache import CachedVault
 from broker.vault.floor import require_live_wrapping_key
 from broker.vault.keyring import new_data_key, open_sealer
 from broker.vault.scan import find_unreadable
@@ -22,6 +23,7 @@ from tests.flows.api_calls import check_problem, import_body
 from tests.flows.rig import APP, Rig, open_rig
 
 KEYS: sa.Table = DataKey.__table__  # type: ignore[attr-defined]
+SECRETS: sa.Table = SealedSecret.__table__  # type: ignore[attr-defined]
 DEVICE_CODES = {  # RFC 8628 3.2
     "device_code": "GmRhmhcxhwAzkoEqiMEg_DnyEysNkuNhszIySk9eS",
     "user_code": "WDJB-MJHT",
@@ -142,6 +144,26 @@ async def test_a_root_key_is_made(rig: Rig) -> None:
     await keys.load()
     assert keys.current.state == "current"
     await check_all_under(rig, old, new, "system_keys.sealed_key")
+
+
+async def test_what_an_older_process_writes_under_a_retired_key_is_served_again(rig: Rig) -> None:
+    """A process of a version without the floor refreshes a token after the rotation: its row holds the only copy."""
+    connection = await rig.connected()
+    parts = rig.parts
+    statement = sa.select(SECRETS).where(SECRETS.c.owner == f"connections/{connection['id']}")
+    row = (await parts.database.read(lambda session: session.execute(statement).one()))._asdict()
+    rotation = (await rig.call("POST", "/v1/keys/data/rotate", {})).json()
+    while (await parts.rotations.advance(rotation["id"])).state == "running":
+        await parts.sealer.refresh(parts.database)
+    same = (SECRETS.c.owner == row["owner"], SECRETS.c.version == row["version"])
+    late = sa.update(SECRETS).where(*same).values(**row)
+    await parts.database.transaction(lambda session: session.execute(late) and None)
+    assert isinstance(parts.vault, CachedVault)
+    parts.vault.clear()
+    await parts.sealer.refresh(parts.database)
+    assert (await rig.token(connection["id"])).status_code == 503
+    await parts.rotations.retire_due()
+    assert (await rig.token(connection["id"])).status_code == 200
 
 
 async def test_where_no_data_key_is_left_nothing_is_written_and_what_needs_none_goes_on(rig: Rig) -> None:

@@ -26,7 +26,7 @@ from broker.demo.sandbox import DEMO_CLIENT_ID, DEMO_CLIENT_SECRET, Fault
 from broker.errors import BrokerError, NotFound, UpstreamTimeout
 from broker.models import ClientSecret, RefreshJournal
 from broker.refresh import Ask
-from broker.vault import Vault
+from broker.vault import Store
 from providers.spec import Refresh, Secret
 from tests.flows.rig import Rig, eventually, open_rig, reserved_socket
 from tests.flows.time_passes import (
@@ -159,7 +159,7 @@ async def test_a_caller_does_not_wait_for_another_process_for_ever(rig: Rig) -> 
                 pytest.fail("held by two")
 
 
-def another_process(rig: Rig, vault: Vault | None = None, **seconds: Any) -> Credentials:
+def another_process(rig: Rig, vault: Store | None = None, **seconds: Any) -> Credentials:
     parts = rig.parts
     return Credentials(
         parts.database,
@@ -597,7 +597,7 @@ async def test_an_answer_is_kept_in_memory_until_the_database_takes_it(rig: Rig)
 class CrashingVault:
     """The rig's vault, which lets the process crash before or after its n-th write."""
 
-    def __init__(self, vault: Vault, crash_at: int, *, after: bool) -> None:
+    def __init__(self, vault: Store, crash_at: int, *, after: bool) -> None:
         self._vault, self._left, self._after = vault, crash_at, after
 
     async def put(self, owner: str, value: Mapping[str, Any], *, expected_version: int) -> int:
@@ -608,6 +608,9 @@ class CrashingVault:
         if self._left == 0:
             raise Crash
         return version
+
+    async def put_as(self, owner: str, value: Mapping[str, Any], *, expected_version: int, version: int) -> None:
+        await self._vault.put_as(owner, value, expected_version=expected_version, version=version)
 
     def ahead(self, connection: sa.Connection, wanted: Sequence[tuple[str, int]]) -> Sequence[bytes | None]:
         return self._vault.ahead(connection, wanted)

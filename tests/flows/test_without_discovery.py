@@ -10,10 +10,12 @@ from typing import Any
 
 import httpx2
 import pytest
+import sqlalchemy as sa
 
 from broker.app import create_app, open_parts
 from broker.demo.sandbox import Fault
 from broker.integrations import DISCOVERY_WAIT_SECONDS
+from broker.models import AuditRecord, Integration
 from tests.flows.api_calls import check_problem
 from tests.flows.rig import Rig, open_rig, reserved_socket, serving
 from tests.flows.time_passes import ends_in
@@ -98,6 +100,41 @@ async def test_where_endpoints_were_changed_since_the_last_rebind_nothing_leaves
     assert (await rig.call("POST", "/v1/integrations/sandbox/rebind")).status_code == 200
     await patched(rig, {"description": "tells nothing of endpoints"})
     issuer_fails(rig)
+    async with fresh_process(rig) as fresh:
+        assert (await fresh.token(connection["id"])).status_code == 200
+
+
+async def test_that_endpoints_were_changed_is_known_when_the_audit_has_forgotten_it(rig: Rig) -> None:
+    connection = await rig.connected()
+    await moved(rig, {"authorize_url": "https://elsewhere.test/authorize"})
+    issuer_fails(rig)
+    async with fresh_process(rig) as fresh:
+        # what retention leaves, of a year in which nothing else was changed
+        await rig.parts.database.transaction(lambda session: session.execute(sa.delete(AuditRecord)))
+        check_problem(await fresh.token(connection["id"]), 502, "provider_unavailable")
+
+
+async def test_an_integration_of_which_nobody_knows_counts_as_moved_until_its_next_rebind(rig: Rig) -> None:
+    connection = await rig.connected()
+    unknown = sa.update(Integration).values(rebound_at=None, endpoints_changed_at=None)
+    await rig.parts.database.transaction(lambda session: session.execute(unknown))
+    issuer_fails(rig)
+    async with fresh_process(rig) as fresh:
+        check_problem(await fresh.token(connection["id"]), 502, "provider_unavailable")
+    assert (await rig.call("POST", "/v1/integrations/sandbox/rebind")).status_code == 200
+    async with fresh_process(rig) as fresh:
+        assert (await fresh.token(connection["id"])).status_code == 200
+
+
+async def test_a_change_after_a_rebind_counts_and_a_rebind_after_a_change_whatever_the_clock_says(rig: Rig) -> None:
+    connection = await rig.connected()
+    future = sa.update(Integration).values(rebound_at=4e9)  # by a clock that was set back since
+    await rig.parts.database.transaction(lambda session: session.execute(future))
+    await moved(rig, {"authorize_url": "https://elsewhere.test/authorize"})
+    issuer_fails(rig)
+    async with fresh_process(rig) as fresh:
+        check_problem(await fresh.token(connection["id"]), 502, "provider_unavailable")
+    assert (await rig.call("POST", "/v1/integrations/sandbox/rebind")).status_code == 200
     async with fresh_process(rig) as fresh:
         assert (await fresh.token(connection["id"])).status_code == 200
 

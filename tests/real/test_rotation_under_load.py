@@ -17,7 +17,9 @@ from typing import Any
 import pytest
 
 from broker.demo.sandbox import SandboxOptions
-from tests.crash.processes import Site, import_expired, open_site, serve
+from broker.imports import Import
+from broker.models import rfc3339
+from tests.crash.processes import ADMIN, Site, open_site, serve
 from tests.real.steady_load import SteadyLoad, ask
 from tests.real.vault import VaultServer
 
@@ -44,17 +46,18 @@ async def loaded_site(
     logs = place / "one.log", place / "two.log"
     options = SandboxOptions(mode="grace", grace_seconds=86_400)
     async with open_site(place, database_url, options, make) as site:
-        ids = [await import_expired(site, f"user{number}") for number in range(CONNECTIONS)]
+        ids = [await import_live(site, f"user{number}") for number in range(CONNECTIONS)]
         async with serve(site, logs[0], **more) as one, serve(site, logs[1], **more) as two:
             load = SteadyLoad([one, two], site.admin_key, ids)
-            for start in range(0, CONNECTIONS, 20):
-                await asyncio.gather(*(first_token(load, one_id) for one_id in ids[start : start + 20]))
             yield site, load, logs
 
 
-async def first_token(load: SteadyLoad, connection_id: str) -> None:
-    """Let a connection have a live token."""
-    await ask(load.ports[-1], load.key, "POST", f"/v1/connections/{connection_id}/token", {})
+async def import_live(site: Site, login: str) -> str:
+    """Import a new grant of the user, whose access token is good for an hour; return the connection's id."""
+    minted = site.sandbox.state.mint(login, "openid")
+    credentials = {"type": "oauth2", "access_token": minted["access_token"], "refresh_token": minted["refresh_token"]}
+    wanted = Import("sandbox", f"acme:{login}", {**credentials, "expires_at": rfc3339(time.time() + 3600)})
+    return (await site.parts.connections.import_(wanted, ADMIN)).id
 
 
 def new_key_first(site: Site) -> str:

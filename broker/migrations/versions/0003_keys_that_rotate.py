@@ -26,6 +26,9 @@ def upgrade() -> None:
 
 
 def _new_columns() -> None:
+    # "rebound_at" stays unknown: an integration of before counts as moved until its next rebind
+    for column in ("endpoints_changed_at", "rebound_at"):
+        op.add_column("integrations", sa.Column(column, sa.Float(53), nullable=True))
     op.add_column("client_secrets", sa.Column("state", sa.String(), nullable=False, server_default="live"))
     op.create_index("ix_sealed_secrets_under", "sealed_secrets", ["key_id", "owner", "version"])
     op.drop_index("ix_sealed_secrets_key_id", table_name="sealed_secrets")

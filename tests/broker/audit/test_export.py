@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
 
 from broker.audit import Audit, ExportVerification, check_export
 from broker.database import Database
-from tests.broker.audit.test_retention import chain_of
-from tests.broker.test_audit import KEY, OTHER_KEY, RECORDS, an_audit, entry, execute, rows_of, write
+from broker.errors import AuditUnavailable
+from tests.broker.audit.test_retention import FLOOR, chain_of
+from tests.broker.test_audit import HEAD, KEY, OTHER_KEY, RECORDS, an_audit, entry, execute, rows_of, write
 
 
 async def lines_of(audit: Audit, since: float | None = None, until: float | None = None) -> list[bytes]:
@@ -70,6 +72,16 @@ async def test_an_export_behind_the_floor_and_over_two_keys_checks(database: Dat
     )
 
 
+async def test_records_that_retention_removes_meanwhile_are_no_break_but_end_the_export(database: Database) -> None:
+    audit = an_audit(database)
+    await chain_of(audit, database, 8)
+    lines = audit.export()
+    await anext(lines)
+    assert await audit.cut(older_than_days=0) == 6
+    with pytest.raises(AuditUnavailable, match="removed while"):
+        await anext(lines)
+
+
 Change = Callable[[list[bytes]], list[bytes]]
 CHANGES: dict[str, tuple[Change, str, int]] = {
     "an edit": (lambda lines: [line.replace(b'"clr_3"', b'"clr_4"') for line in lines], "forged", 1_001),
@@ -112,7 +124,9 @@ async def test_with_the_root_keys_an_edit_is_named_at_its_line(database: Databas
     assert (found.problem, found.line) == ("edited", 5)
 
 
-async def test_an_export_of_a_chain_that_was_tampered_with_says_what_stands_there(database: Database) -> None:
+async def test_an_export_of_a_chain_that_was_tampered_with_says_what_stands_there_and_is_never_complete(
+    database: Database,
+) -> None:
     audit = an_audit(database)
     await write(audit, database, *map(entry, range(5)))
     await execute(
@@ -121,7 +135,143 @@ async def test_an_export_of_a_chain_that_was_tampered_with_says_what_stands_ther
         "UPDATE audit_records SET detail = '[1e999]' WHERE number = 4",
     )
     lines = await lines_of(audit)
-    assert check_export(lines, audit.checkpoint_keys()).ok, "the file is as the broker wrote it"
+    told = check_export(lines, audit.checkpoint_keys())
+    assert (told.ok, told.problem, told.line, told.count) == (False, "broken", 7, 0)
+    assert told.broken == {"problem": "edited", "number": 2}
     found = audit.check_export(lines)
     assert (found.problem, found.line) == ("edited", 3)
     assert json.loads(lines[4])["detail"] == "[1e999]"
+
+
+def record(number: int) -> sa.ColumnElement[bool]:
+    return RECORDS.c.number == number
+
+
+def seal_of(lines: list[bytes]) -> dict[str, Any]:
+    """Return the last seal."""
+    return dict(json.loads(lines[-1])["seal"])
+
+
+SEEN: dict[str, tuple[list[sa.Executable], str, int | None]] = {
+    "another subject": ([sa.update(RECORDS).where(record(3)).values(subject="alice")], "subject_mismatch", 3),
+    "a removed record": ([sa.delete(RECORDS).where(record(3))], "removed", 3),
+    "a removed first record": ([sa.delete(RECORDS).where(record(1))], "removed", 1),
+    "a cut tail": ([sa.delete(RECORDS).where(RECORDS.c.number > 4)], "cut_tail", 5),
+    "everything removed": ([sa.delete(RECORDS)], "cut_tail", 1),
+    "a forged head": ([sa.update(HEAD).values(mac="x")], "head_forged", None),
+    "a deleted head": ([sa.delete(HEAD)], "head_forged", None),
+    "a forged floor": (
+        [
+            sa.delete(RECORDS).where(RECORDS.c.number < 3),
+            sa.insert(FLOOR).values(id=1, number=2, chain="f" * 64, mac="x", key_id="x", cut_at=1.0),
+        ],
+        "floor_forged",
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SEEN)
+async def test_what_the_broker_sees_broken_is_named_to_who_has_only_the_public_keys(
+    database: Database, name: str
+) -> None:
+    audit = an_audit(database)
+    await write(audit, database, *(entry(number, subject="mallory") for number in range(6)))
+    statements, problem, number = SEEN[name]
+    await execute(database, *statements)
+    lines = await lines_of(audit)
+    told = check_export(lines, audit.checkpoint_keys())
+    assert seal_of(lines)["break"] == {"problem": problem, "number": number}
+    assert not seal_of(lines)["complete"]
+    if problem == "removed":  # shows by the numbers, before the seal is read
+        assert told.problem == problem
+    else:
+        assert (told.problem, told.broken) == ("broken", seal_of(lines)["break"])
+    assert not audit.check_export(lines).ok
+
+
+async def test_a_break_is_named_in_every_seal_behind_it(database: Database) -> None:
+    audit = an_audit(database)
+    await write(audit, database, *map(entry, range(2_300)))
+    await execute(database, sa.update(RECORDS).where(record(1_500)).values(actor="x"))
+    lines = await lines_of(audit)
+    seals = [json.loads(line)["seal"] for line in lines if b'{"seal":' in line]
+    assert [seal.get("break") for seal in seals] == [None, *[{"problem": "edited", "number": 1_500}] * 2]
+    assert [seal["complete"] for seal in seals] == [False] * 3
+    told = check_export(lines, audit.checkpoint_keys())
+    assert (told.problem, told.count, told.first, told.last) == ("broken", 1_000, 1, 1_000)
+    assert len(lines) == 1 + 2_300 + 3, "what is behind the break is there to be looked at"
+
+
+async def test_a_gap_longer_than_a_batch_keeps_nobody_from_the_records_behind_it(database: Database) -> None:
+    audit = an_audit(database)
+    await write(audit, database, *map(entry, range(1_300)))
+    await execute(database, sa.delete(RECORDS).where(RECORDS.c.number.between(2, 1_200)))
+    lines = await lines_of(audit)
+    assert json.loads(lines[-2])["number"] == 1_300
+    assert json.loads(lines[-1])["seal"]["break"] == {"problem": "removed", "number": 2}
+
+
+async def test_a_record_whose_subject_was_changed_is_named_with_the_root_keys_and_an_erased_one_is_not(
+    database: Database,
+) -> None:
+    audit = an_audit(database)
+    await write(audit, database, *(entry(number, subject="mallory") for number in range(3)))
+    lines = await lines_of(audit)
+    found = audit.check_export(
+        [line.replace(b'"mallory"', b'"alice"', 1) if b"mallory" in line else line for line in lines]
+    )
+    assert (found.problem, found.line) == ("edited", 2)
+    await audit.erase("mallory")
+    assert audit.check_export(await lines_of(audit)) == whole(3, 1, 3, links_checked=True)
+
+
+ACCEPTED: dict[str, list[sa.Executable]] = {
+    "an edit": [sa.update(RECORDS).where(record(3)).values(actor="x")],
+    "a changed link": [sa.update(RECORDS).where(record(3)).values(chain="f" * 64)],
+    "a removed record": [sa.delete(RECORDS).where(record(3))],
+    "a cut tail": [sa.delete(RECORDS).where(RECORDS.c.number > 5)],
+    "two breaks": [sa.update(RECORDS).where(record(2)).values(actor="x"), sa.delete(RECORDS).where(record(5))],
+}
+
+
+@pytest.mark.parametrize("name", ACCEPTED)
+async def test_an_export_over_an_accepted_break_is_complete_until_that_changes_again(
+    database: Database, name: str
+) -> None:
+    audit = an_audit(database)
+    await write(audit, database, *(entry(number, subject="acme:1") for number in range(8)))
+    await execute(database, *ACCEPTED[name])
+    await audit.accept(by="olga", reason="looked at it")
+    await audit.record(entry(9))
+    times = {row["number"]: row["at"] for row in await rows_of(database, RECORDS)}
+    for since in (None, times[4], times[max(times)]):
+        lines = await lines_of(audit, since=since)
+        assert check_export(lines, audit.checkpoint_keys()).ok
+        assert audit.check_export(lines).ok
+    text = b'"accepted":{"first":'
+    forged = [line.replace(text, b'"accepted":{"first":1') for line in await lines_of(audit)]
+    assert check_export(forged, audit.checkpoint_keys()).problem == "forged"
+    await execute(database, sa.update(RECORDS).where(record(4)).values(actor="again"))
+    again = await lines_of(audit)
+    assert not check_export(again, audit.checkpoint_keys()).ok
+    assert (seal_of(again)["complete"], "break" in seal_of(again)) == (False, True)
+
+
+@pytest.mark.parametrize(
+    "told", ["1", "[]", "{}", '{"first":1,"last":0,"link":""}', '{"first":"x","last":1,"link":""}']
+)
+async def test_a_line_of_an_accepted_break_that_makes_no_sense_is_forged(database: Database, told: str) -> None:
+    audit = an_audit(database)
+    await write(audit, database, entry())
+    lines = await lines_of(audit)
+    found = audit.check_export([lines[0], f'{{"accepted":{told}}}\n'.encode(), *lines[1:]])
+    assert (found.problem, found.line) == ("forged", 2)
+
+
+async def test_a_record_that_is_no_json_of_ours_is_an_edit_to_who_has_the_root_keys(database: Database) -> None:
+    audit = an_audit(database)
+    await write(audit, database, entry())
+    lines = await lines_of(audit)
+    found = audit.check_export([lines[0], lines[1].replace(b'{"n":0}', b"NaN"), *lines[2:]])
+    assert (found.problem, found.line) == ("edited", 2)

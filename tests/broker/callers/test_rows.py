@@ -10,15 +10,16 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 from sqlmodel import Session, col, select
+from structlog.testing import capture_logs
 
-from broker.audit import Audit
+from broker.audit import Audit, Entry
 from broker.callers import Callers, mint_key, parse_key
 from broker.callers.keys import key_row
-from broker.callers.rows import TAKEN_OVER
+from broker.callers.rows import MARKED, TAKEN_OVER
 from broker.callers.upkeep import Upkeep
 from broker.database import Database
-from broker.errors import Conflict, Unauthenticated
-from broker.models import AuditRecord, Caller, CallerKey, SystemKey, new_id
+from broker.errors import Conflict, SecretStoreUnavailable, Unauthenticated
+from broker.models import AuditCheckpoint, AuditFloor, AuditHead, AuditRecord, Caller, CallerKey, SystemKey, new_id
 from providers.spec import Secret
 from tests.broker.callers.made import made_callers, row_macs
 
@@ -70,6 +71,19 @@ async def service(callers: Callers) -> tuple[Caller, Secret]:
     return await callers.add("backend", ["service"], [GRANT], actor="test")
 
 
+async def test_without_any_key_of_the_rows_nobody_is_called_forged(database: Database, replicas: Replicas) -> None:
+    _, key = await service(await replicas.start())
+    rows: Any = SystemKey.__table__  # type: ignore[attr-defined]
+    mine = rows.c.purpose == "rows"
+    sealed = await database.read(lambda session: session.execute(sa.select(rows.c.sealed_key).where(mine)).scalar_one())
+    await write(database, sa.update(rows).where(mine).values(sealed_key=b"noise"))
+    with pytest.raises(SecretStoreUnavailable):
+        await (await replicas.start()).identify(key)
+    assert replicas.forgeries == []
+    await write(database, sa.update(rows).where(mine).values(sealed_key=sealed))
+    assert await is_let_in(await replicas.start(), key)
+
+
 async def write(database: Database, *statements: sa.Executable) -> None:
     """Write to the database as somebody without the keyring does."""
 
@@ -85,6 +99,13 @@ async def written(database: Database, *rows: Caller | CallerKey) -> None:
         session.add_all(rows)
 
     await database.transaction(work)
+
+
+async def of_older_version(replicas: Replicas, caller: Caller, key: CallerKey) -> None:
+    """Write rows and the record of them as a version without MACs did."""
+    await written(replicas.database, caller, key)
+    detail = {"caller_id": caller.id, "key_id": key.id, "name": caller.name}
+    await replicas.audit.record(Entry(action="caller.created", actor="cli", detail=detail))
 
 
 def old_rows(*, roles: tuple[str, ...] = ("service",)) -> tuple[Caller, CallerKey, Secret]:
@@ -193,7 +214,7 @@ async def actions(database: Database) -> list[str]:
 
 async def test_rows_of_an_older_version_are_taken_over_at_the_first_start_and_never_again(replicas: Replicas) -> None:
     old, its_key, key = old_rows()
-    await written(replicas.database, old, its_key)
+    await of_older_version(replicas, old, its_key)
     callers = await replicas.start()
     assert await is_let_in(callers, key)
     late, late_key, late_secret = old_rows()
@@ -206,7 +227,7 @@ async def test_rows_of_an_older_version_are_taken_over_at_the_first_start_and_ne
 
 async def test_processes_that_start_at_once_take_over_once(replicas: Replicas) -> None:
     old, its_key, key = old_rows()
-    await written(replicas.database, old, its_key)
+    await of_older_version(replicas, old, its_key)
     callers = await asyncio.gather(*(replicas.start() for _ in range(4)))
     assert [await is_let_in(one, key) for one in callers] == [True] * 4
     assert (await actions(replicas.database)).count(TAKEN_OVER) == 1
@@ -235,10 +256,65 @@ async def test_who_takes_all_macs_away_does_not_get_rows_taken_over_again(
     assert await is_let_in(callers, fresh)
 
 
+RECORDS = sa.delete(AuditRecord)
+TAKING_OVER = RECORDS.where(col(AuditRecord.action) == TAKEN_OVER)
+CHAIN = (RECORDS, *(sa.delete(one) for one in (AuditHead, AuditCheckpoint, AuditFloor)))
+
+
+@pytest.mark.parametrize(
+    "statements", [(TAKING_OVER,), (RECORDS,), CHAIN], ids=["its record", "all records", "the chain"]
+)
+@pytest.mark.parametrize("others_stay", [True, False])
+async def test_who_takes_the_record_of_the_taking_over_away_too_makes_no_admin(
+    replicas: Replicas, statements: tuple[Any, ...], *, others_stay: bool
+) -> None:
+    _, key = await service(await replicas.start())
+    if not others_stay:
+        statements = (*statements, sa.delete(Caller), sa.delete(CallerKey))
+    await write(replicas.database, *NO_MACS, NO_KEYS, *statements)
+    forged, its_key, forged_key = old_rows(roles=("admin",))
+    await written(replicas.database, forged, its_key)
+    for _ in range(2):
+        with capture_logs() as lines:
+            callers = await replicas.start()
+        assert [
+            line for line in lines if line["event"] == "caller.rows_key_missing" and "BROKER_ADMIN_KEY" in line["help"]
+        ]
+        assert not await is_let_in(callers, forged_key)
+        assert not await is_let_in(callers, key)
+        await write(replicas.database, NO_KEYS)
+
+
+async def test_a_new_audit_after_the_way_back_does_not_let_rows_be_taken_over(replicas: Replicas) -> None:
+    await service(await replicas.start())
+    await write(replicas.database, *NO_MACS, NO_KEYS, *CHAIN)
+    callers = await replicas.start()
+    fresh = mint_key()[1]
+    assert await callers.ensure_admin(fresh)  # the chain is whole again, and knows this caller
+    await write(replicas.database, *NO_MACS, NO_KEYS)
+    assert not await is_let_in(await replicas.start(), fresh)
+
+
+async def test_rows_that_the_older_version_did_not_record_are_not_taken_over(replicas: Replicas) -> None:
+    await of_older_version(replicas, *old_rows()[:2])
+    forged, its_key, forged_key = old_rows()
+    await written(replicas.database, forged, its_key)
+    assert not await is_let_in(await replicas.start(), forged_key)
+
+
+async def test_what_retention_or_an_operator_made_whole_takes_nothing_over(replicas: Replicas) -> None:
+    old, its_key, key = old_rows()
+    await of_older_version(replicas, old, its_key)
+    await write(replicas.database, RECORDS.where(col(AuditRecord.number) == 1))
+    await replicas.audit.accept(by="test", reason="looked")
+    assert (await replicas.audit.verify()).ok
+    assert not await is_let_in(await replicas.start(), key)
+
+
 async def test_a_row_with_a_mac_before_there_is_a_key_stops_the_taking_over(replicas: Replicas) -> None:
     old, its_key, key = old_rows()
     old.mac = "key_x:" + "0" * 64
-    await written(replicas.database, old, its_key)
+    await of_older_version(replicas, old, its_key)
     assert not await is_let_in(await replicas.start(), key)
 
 
@@ -291,9 +367,68 @@ async def test_roles_that_are_put_back_end_the_caller(replicas: Replicas) -> Non
     assert not await is_let_in(await replicas.start(), key)
 
 
+async def cut_all(replicas: Replicas) -> int:
+    await replicas.audit.checkpoint(force=True)
+    await asyncio.sleep(0.01)  # the checkpoint has to be older than now
+    return await replicas.audit.cut(older_than_days=0)
+
+
+async def test_what_was_put_back_is_found_after_retention_removed_the_records_of_its_revocation(
+    replicas: Replicas,
+) -> None:
+    callers = await replicas.start()
+    caller, key = await service(callers)
+    gone, gone_key = await service(callers)
+    _, good = await service(callers)
+    rows, keys = await copied(replicas.database, Caller), await copied(replicas.database, CallerKey)
+    await callers.revoke_key(caller.id, _key_id(key), actor="test")
+    await callers.delete(gone.id, actor="test")
+    assert await cut_all(replicas) == 0, "the first record of all rows stays until there is another"
+    keeping = Upkeep(
+        replicas.database, replicas.audit, await row_macs(replicas.database, replicas.audit), retention_days=0
+    )
+    await keeping.undo_put_back()
+    assert await cut_all(replicas) == 6
+    assert "caller.key_revoked" not in await actions(replicas.database)
+    await write(
+        replicas.database,
+        *(sa.delete(table).where(col(table.id).is_not(None)) for table in (CallerKey, Caller)),
+        sa.insert(Caller).values(rows),
+        sa.insert(CallerKey).values(keys),
+    )
+    again = await replicas.start()
+    assert await is_let_in(again, key)
+    await (await upkeep_of(replicas)).undo_put_back()
+    after = await replicas.start()
+    assert [await is_let_in(after, one) for one in (key, gone_key, good)] == [False, False, True]
+    assert (await replicas.audit.verify()).ok
+
+
+async def test_rows_are_stated_anew_each_half_of_the_retention_period(replicas: Replicas) -> None:
+    callers = await replicas.start()
+    _, key = await service(callers)
+    macs = await row_macs(replicas.database, replicas.audit)
+    for days, stated in ((None, 0), (30, 0), (1e-9, 1), (30, 1)):
+        await Upkeep(replicas.database, replicas.audit, macs, retention_days=days).undo_put_back()
+        assert (await actions(replicas.database)).count(MARKED) == stated
+    assert await is_let_in(await replicas.start(), key)
+
+
+async def test_rows_whose_macs_cannot_be_checked_while_rows_are_stated_are_not_forgotten(replicas: Replicas) -> None:
+    callers = await replicas.start()
+    _, key = await service(callers)
+    macs = await row_macs(replicas.database, replicas.audit)
+    macs._keys._by_id = {}
+    await Upkeep(replicas.database, replicas.audit, macs, retention_days=0).undo_put_back()
+    await cut_all(replicas)
+    assert "caller.created" not in await actions(replicas.database)
+    await (await upkeep_of(replicas)).undo_put_back()
+    assert await is_let_in(await replicas.start(), key)
+
+
 async def test_rows_as_the_audit_knows_them_are_left_alone(replicas: Replicas) -> None:
     old, its_key, old_key = old_rows()
-    await written(replicas.database, old, its_key)
+    await of_older_version(replicas, old, its_key)
     callers = await replicas.start()
     caller, key = await service(callers)
     await callers.update(caller.id, {"expires_at": 9_000_000_000, "name": "naïve ☃"}, actor="test")

@@ -31,11 +31,14 @@ class Store:
         self.down = False
 
     async def put(self, owner: str, value: Mapping[str, Any], *, expected_version: int) -> int:
+        await self.put_as(owner, value, expected_version=expected_version, version=expected_version + 1)
+        return expected_version + 1
+
+    async def put_as(self, owner: str, value: Mapping[str, Any], *, expected_version: int, version: int) -> None:
         versions = self.values.setdefault(owner, [])
         if len(versions) != expected_version:
             raise VaultConflict(len(versions))
-        versions.append(dict(value))
-        return len(versions)
+        versions += [{}] * (version - 1 - len(versions)) + [dict(value)]
 
     def ahead(self, connection: sa.Connection, wanted: Sequence[tuple[str, int]]) -> Sequence[bytes | None]:
         del connection
@@ -158,6 +161,35 @@ async def test_what_was_read_ahead_of_a_destroy_is_worth_nothing_after_it(sqlite
         assert await vault.get("connections/con_b", 1, sealed=second) == (1, {"a": "connections/con_b"})
         with pytest.raises(SecretUnreadable):
             await CachedVault(vault, seconds=0).get("connections/con_c", 1, sealed=second)
+
+
+async def test_an_owner_that_is_written_again_is_read_ahead_again_but_not_what_was_destroyed(sqlite_url: str) -> None:
+    keyring = Keyring(parse_keys(f"k:{base64.b64encode(bytes(32)).decode()}", setting="BROKER_KEYRING"))
+    owner = "connections/con_a"
+    async with opened(sqlite_url, migrate=False) as database:
+        rows = SealedRows(database, await open_sealer(database, keyring))
+        vault = CachedVault(rows, seconds=0)
+        await vault.put(owner, {"a": "old"}, expected_version=0)
+        [old] = await database.query(lambda one: vault.ahead(one, [(owner, 1)]))
+        await vault.destroy(owner)
+        await vault.put_as(owner, {"a": "new"}, expected_version=0, version=2)
+        [new] = await database.query(lambda one: vault.ahead(one, [(owner, 2)]))
+        with pytest.raises(SecretNotFound):
+            await vault.get(owner, 1, sealed=old)
+        await rows.destroy(owner)  # so that only what was read ahead can answer
+        assert await vault.get(owner, 2, sealed=new) == (2, {"a": "new"})
+        await vault.destroy(owner)
+        with pytest.raises(SecretNotFound):
+            await vault.get(owner, 2, sealed=new)
+
+
+async def test_a_version_under_a_chosen_number_goes_through_to_the_store() -> None:
+    store, vault, _ = await cached()
+    await vault.put_as("o", {"a": 5}, expected_version=1, version=5)
+    assert await vault.get("o") == (5, {"a": 5})
+    with pytest.raises(VaultConflict):
+        await vault.put_as("o", {"a": 7}, expected_version=1, version=7)
+    assert len(store.values["o"]) == 5
 
 
 async def test_a_destroyed_secret_is_gone_at_once() -> None:

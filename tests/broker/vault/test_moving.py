@@ -23,10 +23,10 @@ from broker.database import Database, open_database
 from broker.errors import SecretStoreUnavailable
 from broker.models import ClientSecret, Connection, SealedSecret, new_id
 from broker.settings import Settings
-from broker.vault import SecretNotFound, SecretUnreadable, Vault, VaultConflict, open_vault
+from broker.vault import SecretNotFound, SecretUnreadable, Store, Vault, VaultConflict, open_vault
 from broker.vault.hashicorp import new_session
 from broker.vault.keyring import Keyring, open_sealer, parse_keys
-from broker.vault.moving import Held, Move, MovingVault, Pass, Store, judge, named_versions
+from broker.vault.moving import Held, Move, MovingVault, Pass, judge, named_versions
 from broker.vault.numbering import NUMBER, Numbered
 from broker.vault.sealed_rows import SealedRows
 from tests.broker.vault.vault_contract import CONTRACT, an_owner
@@ -184,6 +184,35 @@ async def test_what_is_written_is_in_both_under_the_same_number(both: MovingVaul
     assert await both.put(owner, {"n": 8}, expected_version=7) == 8
     assert await old.get(owner) == await new.get(owner) == (8, {"n": 8})
     assert await new.get(owner, 7) == (7, {"n": 7})  # which the row names until it names 8
+
+
+async def test_what_is_written_after_a_destroy_goes_on_with_its_numbers_in_both(
+    both: MovingVault, old: SealedRows, new: Store
+) -> None:
+    owner = an_owner()
+    await filled(both, owner, until=2)
+    await both.destroy(owner)
+    await both.put_as(owner, {"n": 3}, expected_version=0, version=3)
+    assert await kept(old, owner) == await kept(new, owner) == {3: {"n": 3}}
+    with pytest.raises(VaultConflict) as conflict:  # a replay finds its own value there
+        await both.put_as(owner, {"n": 3}, expected_version=0, version=3)
+    assert conflict.value.current == 3
+    assert await both.put(owner, {"n": 4}, expected_version=3) == 4
+    assert await kept(old, owner) == await kept(new, owner) == {3: {"n": 3}, 4: {"n": 4}}
+
+
+async def test_a_number_that_goes_on_after_a_destroy_is_moved_as_it_is(move: Move, database: Database) -> None:
+    owner, gone = an_owner(), an_owner()
+    for one in (owner, gone):
+        await filled(move.source, one, until=1)
+        await move.source.destroy(one)
+        source: Any = move.source
+        await source.put_as(one, {"n": 7}, expected_version=0, version=7)
+    await name(database, owner, version=7)
+    await name(database, gone, version=-6)  # a crash left what no row names
+    last = await move.passes(quiet)
+    assert (last.verified, last.unnamed, last.problems) == ([owner], [gone], {})
+    assert await kept(move.target, owner) == {7: {"n": 7}}
 
 
 async def test_a_version_is_read_from_the_new_store_first(both: MovingVault, old: SealedRows, new: Store) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import pytest
@@ -216,7 +217,7 @@ async def test_a_row_under_an_unknown_data_key_is_found_by_its_name(database: Da
 
 
 async def test_a_row_filed_under_another_data_key_than_its_own_is_found(database: Database, sealer: Sealer) -> None:
-    """A rotation would not find it by its column, and leave it behind under the key that it retires."""
+    """Whoever looks by the column alone would not find it."""
     await filled(database, sealer)
     await tamper(database, damage("sealed_secrets.sealed", 0, key_id="dk_other"))
     found = await find_unreadable(database, sealer)
@@ -238,6 +239,26 @@ async def test_what_another_process_sealed_under_a_new_key_is_no_finding(databas
     new = await a_next_key(database, sealer)
     await filled(database, new)
     assert await find_unreadable(database, sealer) == []
+
+
+async def test_a_root_key_that_was_retired_and_emptied_is_no_finding(database: Database, sealer: Sealer) -> None:
+    await filled(database, sealer)
+    await tamper(database, damage("system_keys.sealed_key", 1, state="retired", sealed_key=b""))
+    assert await find_unreadable(database, sealer) == []
+    await tamper(database, damage("system_keys.sealed_key", 1, state="previous"))
+    assert [one.owner for one in await find_unreadable(database, sealer)] == ["system_keys/key_1"]
+
+
+async def test_a_value_is_under_the_key_of_its_bytes_and_under_the_key_of_its_column(
+    database: Database, sealer: Sealer
+) -> None:
+    await filled(database, sealer)
+    place, key_id = BY_NAME["sealed_secrets.sealed"], sealer.current_key_id
+    await tamper(database, damage(place.name, 0, key_id="dk_other"))
+    for under, by_column, expected in ((key_id, False, 6), (key_id, True, 4), ("dk_other", False, 2)):
+        count = partial(place.count_under, key_id=under, by_column=by_column)
+        assert await database.read(count) == expected
+    assert len(await batch(database, place, key_id)) == 6
 
 
 # --- rows that name a version -------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
 from sqlmodel import Session, select
+from structlog.testing import capture_logs
 
 from broker.database import Database
 from broker.errors import SecretStoreUnavailable
@@ -95,14 +96,34 @@ async def test_a_key_that_does_not_open_is_left_out_and_the_others_serve(databas
     stolen = (await rows(database))[first].sealed_key
     change = sa.update(ROWS).where(ROWS.c.id == second).values(sealed_key=stolen)
     await database.transaction(lambda session: session.execute(change) and None)
-    await keys.refresh()
+    with capture_logs() as logs:
+        await keys.refresh()
+        await keys.refresh()
+    assert [(line["event"], line["key"]) for line in logs] == [("system_key.unreadable", second)], "once"
     assert [key.id for key in keys.all] == [first]
     change = sa.update(ROWS).where(ROWS.c.id == first).values(sealed_key=b"noise")
     await database.transaction(lambda session: session.execute(change) and None)
-    await keys.refresh()
+    keys = await loaded(database, sealer)
     assert keys.all == ()
     with pytest.raises(SecretStoreUnavailable, match="session key does not open"):
         _ = keys.current
+
+
+async def test_a_key_that_is_known_stays_when_it_does_not_open_any_more_in_the_state_of_its_row(
+    database: Database, sealer: Sealer
+) -> None:
+    keys = await loaded(database, sealer)
+    known = keys.current
+    change = sa.update(ROWS).where(ROWS.c.id == known.id).values(sealed_key=b"noise")
+    await database.transaction(lambda session: session.execute(change) and None)
+    await keys.refresh()
+    assert (keys.current.id, keys.current.root) == (known.id, known.root)
+    await moved(database, known.id, "previous")
+    await keys.refresh()
+    assert [(key.id, key.state) for key in keys.all] == [(known.id, "previous")]
+    await moved(database, known.id, "retired")
+    await keys.refresh()
+    assert keys.all == ()
 
 
 def succession(session: Session) -> None:
