@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -61,7 +62,14 @@ def walked(tmp_path_factory: pytest.TempPathFactory) -> Walked:
     ports = (free_port(), free_port())
     variables = environment(place, PORT=str(ports[0]), SANDBOX_PORT=str(ports[1]))
     variables["PATH"] += f"{os.pathsep}{tools(place / 'tools')}"
-    script = "set -euo pipefail\n" + "".join(f"{block}\necho; echo '{MARK}'\n" for block in BLOCKS)
+    return Walked(*walk(BLOCKS, place, variables, patience_seconds=PATIENCE_SECONDS), ports)
+
+
+def walk(
+    blocks: Sequence[str], place: Path, variables: dict[str, str], *, patience_seconds: float
+) -> tuple[int, list[str], str]:
+    """Run a page's blocks as one script in ``place``, and end what it leaves; return status, each block's output, errors."""
+    script = "set -euo pipefail\n" + "".join(f"{block}\necho; echo '{MARK}'\n" for block in blocks)
     bash = shutil.which("bash", path=variables["PATH"])
     assert bash is not None
     process = subprocess.Popen(  # noqa: S603 - the page's own commands
@@ -75,10 +83,10 @@ def walked(tmp_path_factory: pytest.TempPathFactory) -> Walked:
         start_new_session=True,
     )
     try:
-        out, err = process.communicate(timeout=PATIENCE_SECONDS)
+        out, err = process.communicate(timeout=patience_seconds)
     finally:
         end(process)
-    return Walked(process.returncode, out.split(f"{MARK}\n"), err, ports)
+    return process.returncode, out.split(f"{MARK}\n"), err
 
 
 def end(process: subprocess.Popen[str]) -> None:

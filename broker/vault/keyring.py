@@ -316,14 +316,6 @@ def unwrap_data_key(key: KeyEncryptionKey, data_key_id: str, wrapped: bytes) -> 
         raise SecretUnreadable("the data key does not open") from None
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _OpenedKey:
-    """A data key in memory, with its cipher kept: making one costs as much as sealing a kilobyte."""
-
-    root: bytes = field(repr=False)
-    cipher: AESGCM = field(repr=False)
-
-
 class Sealer:
     """Seals and opens bytes under the data keys. Calls may run at once, also from several threads.
 
@@ -337,7 +329,7 @@ class Sealer:
         if current_key_id not in data_keys:
             raise ValueError("the current data key is not among the opened ones")
         self._wrapping = wrapping
-        self._keys = {key_id: _opened(root) for key_id, root in data_keys.items()}
+        self._keys = {key_id: _cipher_of(root) for key_id, root in data_keys.items()}
         self._current = current_key_id
 
     @property
@@ -366,7 +358,7 @@ class Sealer:
             raise SecretStoreUnavailable("the current data key is not loaded here")
         nonce = os.urandom(NONCE_BYTES)
         bound = _bound(owner, purpose, version, key_id)
-        return _header(key_id, version) + nonce + key.cipher.encrypt(nonce, plaintext, bound)
+        return _header(key_id, version) + nonce + key.encrypt(nonce, plaintext, bound)
 
     async def write(self, database: Database, work: Callable[[Session, Seal], T]) -> T:
         """Run ``work`` in one transaction; what it seals with the function that it is given is under a live data key.
@@ -394,7 +386,7 @@ class Sealer:
         if key is None or sealed_version != version:
             raise SecretUnreadable("the sealed value does not open")
         try:
-            return key.cipher.decrypt(nonce, ciphertext, _bound(owner, purpose, sealed_version, key_id))
+            return key.decrypt(nonce, ciphertext, _bound(owner, purpose, sealed_version, key_id))
         except InvalidTag:
             raise SecretUnreadable("the sealed value does not open") from None
 
@@ -419,16 +411,6 @@ class Sealer:
         except SecretUnreadable:
             return True
 
-    def purpose_key(self, purpose: str, *, key_id: str | None = None) -> bytes:
-        """Return ``derive_key`` of a data key (the current one for None): the same on every replica and after restarts.
-
-        Keep the key id beside what was made with it. Raises ``SecretUnreadable`` for an id that is not loaded.
-        """
-        key = self._keys.get(self._current if key_id is None else key_id)
-        if key is None:
-            raise SecretUnreadable("the data key is not known")
-        return derive_key(key.root, purpose)
-
     async def refresh(self, database: Database) -> None:
         """Load data keys that other replicas made since, see which one is current, and drop what was retired.
 
@@ -441,11 +423,11 @@ class Sealer:
         live = [row for row in rows if row.retired_at is None]
         fresh = [row for row in live if row.id not in self._keys]
         failure = await self._look_for_keys(fresh)
-        found: dict[str, _OpenedKey] = {}
+        found: dict[str, AESGCM] = {}
         for row in fresh:
             try:
                 with contextlib.suppress(SecretUnreadable):
-                    found[row.id] = _opened(await self._wrapping.unwrap(row.wrapped_by, row.id, row.wrapped))
+                    found[row.id] = _cipher_of(await self._wrapping.unwrap(row.wrapped_by, row.id, row.wrapped))
             except SecretStoreUnavailable as error:
                 failure = error
         retired = {row.id for row in rows} - {row.id for row in live}
@@ -469,8 +451,9 @@ class Sealer:
         return f"Sealer(current={self._current}, keys={len(self._keys)})"
 
 
-def _opened(root: bytes) -> _OpenedKey:
-    return _OpenedKey(root, AESGCM(_derive(root, b"seal", "")))
+def _cipher_of(root: bytes) -> AESGCM:
+    """Return a data key's cipher, to be kept: making one costs as much as sealing a kilobyte. The key itself is not kept."""
+    return AESGCM(_derive(root, b"seal", ""))
 
 
 def _encoded(text: str) -> bytes:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
-import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,11 +16,10 @@ from tests.broker.test_egress import Authority
 from tests.commands import ROOT, environment
 from tests.real.parts import free_port
 from tests.real.vault import VaultServer, vault_binary
-from tests.test_quickstart import end, tools
+from tests.test_quickstart import tools, walk
 
 PAGE = (ROOT / "docs" / "vault.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```sh\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
-MARK = "--- end of block"
 PATIENCE_SECONDS = 240
 pytestmark = [pytest.mark.real, pytest.mark.timeout(300)]
 
@@ -73,28 +70,7 @@ def walked(tmp_path_factory: pytest.TempPathFactory, make_directory: Callable[[s
         folder = tools(place / "tools")
         (folder / "vault").symlink_to(vault_binary())
         variables["PATH"] += f"{os.pathsep}{folder}"
-        yield walk(place, variables)
-
-
-def walk(place: Path, variables: dict[str, str]) -> Walked:
-    script = "set -euo pipefail\n" + "".join(f"{block}\necho; echo '{MARK}'\n" for block in BLOCKS)
-    bash = shutil.which("bash", path=variables["PATH"])
-    assert bash is not None
-    process = subprocess.Popen(  # noqa: S603 - the page's own commands
-        [bash, "-c", script],
-        cwd=place,
-        env=variables,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        out, err = process.communicate(timeout=PATIENCE_SECONDS)
-    finally:
-        end(process)
-    return Walked(process.returncode, out.split(f"{MARK}\n"), err, place)
+        yield Walked(*walk(BLOCKS, place, variables, patience_seconds=PATIENCE_SECONDS), place)
 
 
 def test_every_block_of_the_guide_runs(walked: Walked) -> None:

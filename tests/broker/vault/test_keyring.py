@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -448,14 +449,6 @@ def test_a_sealer_needs_its_current_key() -> None:
         Sealer(a_keyring(), {"dk_one": material(1)}, "dk_two")
 
 
-def test_purpose_keys_come_from_the_data_key_that_is_named() -> None:
-    sealer = Sealer(a_keyring(), {"dk_one": material(1), "dk_two": material(2)}, "dk_two")
-    assert sealer.purpose_key("audit") == sealer.purpose_key("audit", key_id="dk_two")
-    assert sealer.purpose_key("audit", key_id="dk_one") == derive_key(material(1), "audit")
-    with pytest.raises(SecretUnreadable):
-        sealer.purpose_key("audit", key_id="dk_three")
-
-
 # --- opening a sealer over the database -------------------------------------------------------------------------------
 
 
@@ -645,10 +638,11 @@ async def test_a_refresh_leaves_out_what_does_not_unwrap_and_keeps_the_rest(data
     path.write_text("being written")
     await here.refresh(database)
     assert here.current_key_id == current
-    assert here.purpose_key("p", key_id="dk_good") == derive_key(material(5), "p")
+    named: dict[str, Any] = {"owner": "o", "purpose": "p", "version": 1}
+    assert here.open(a_sealer("dk_good", 5).seal(b"value", **named), **named) == b"value"
     for absent in ("dk_damaged", "dk_lacking"):
         with pytest.raises(SecretUnreadable):
-            here.purpose_key("p", key_id=absent)
+            here.open(a_sealer(absent, 5).seal(b"value", **named), **named)
 
 
 async def test_a_refresh_without_a_current_data_key_keeps_the_one_it_has(database: Database) -> None:
