@@ -39,7 +39,8 @@ class Imported:
     """A checked import: what goes to the vault and what goes to the row. ``scopes`` None: none were named.
 
     ``minting``: how tokens come of it, where it is none itself. ``account``: whose it is, by the credential's own word.
-    ``asked``: the scopes that its request for a token names, once that is built.
+    ``asked``: the scopes that its request for a token names, once that is built. ``region``: of an AWS key; it becomes the
+    connection's variable of that name, since hosts have it in their names and it is no secret.
     """
 
     value: Mapping[str, Any] = field(repr=False)
@@ -48,6 +49,7 @@ class Imported:
     minting: Minting | None = None
     account: Account | None = None
     asked: tuple[str, ...] | None = None
+    region: str | None = None
 
     @property
     def renewable(self) -> bool:
@@ -72,9 +74,9 @@ def check_import(
             problems.append(FieldError(f"/credentials/{name}", problem))
     if problems:
         raise InvalidRequest(errors=problems)
-    kept = {name: given[name] for name in sorted(given.keys() - {"expires_at", "scopes"})}
+    kept = {name: given[name] for name in sorted(given.keys() - {"expires_at", "scopes", "region"})}
     expires_at = epoch_of(given["expires_at"]) if "expires_at" in given else None
-    return Imported({"type": kind, **kept}, expires_at, tuple(given.get("scopes", ())))
+    return Imported({"type": kind, **kept}, expires_at, tuple(given.get("scopes", ())), region=given.get("region"))
 
 
 def _minted(kind: str, given: Mapping[str, Any], minting: Minting) -> Imported:
@@ -231,10 +233,19 @@ def _credential(configured: Configured, client: Client, secret: Secret | None, a
     )
 
 
+def given_variables(wanted: Import, imported: Imported) -> dict[str, str]:
+    """Return what an import says of variables: by name, or as the region of its key (InvalidRequest where the two differ)."""
+    if imported.region is None:
+        return dict(wanted.variables)
+    if wanted.variables.get("region", imported.region) != imported.region:
+        raise InvalidRequest(errors=[FieldError("/credentials/region", "differs from the variable of that name")])
+    return {**wanted.variables, "region": imported.region}
+
+
 def known_of(wanted: Import, imported: Imported, provider: Provider) -> dict[str, str]:
     """Return the variables that the connection has: what its credential says, and above that what the import says."""
     said = imported.account.variables if imported.account is not None else {}
-    return {**own_variables(provider, said), **wanted.variables}
+    return {**own_variables(provider, said), **given_variables(wanted, imported)}
 
 
 def account_fields(account: Mapping[str, Any] | None, own: Account | None = None) -> dict[str, Any]:
@@ -266,6 +277,16 @@ def _expiry_problem(value: object) -> str | None:
     return None if good else "must be an RFC 3339 time"
 
 
+def _access_key_id_problem(value: object) -> str | None:
+    good = isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9._-]{1,128}", value) is not None
+    return None if good else "must be 1 to 128 letters, digits, dots, hyphens and underscores"
+
+
+def _region_problem(value: object) -> str | None:
+    good = isinstance(value, str) and re.fullmatch(r"[a-z0-9-]{1,64}", value) is not None
+    return None if good else "must be a region such as eu-central-1"
+
+
 def _scopes_problem(value: object) -> str | None:
     good = isinstance(value, list) and len(value) <= 200 and all(map(is_scope, value))
     return None if good else "must be a list of scopes (RFC 6749 3.3)"
@@ -273,11 +294,14 @@ def _scopes_problem(value: object) -> str | None:
 
 SHAPES: Mapping[str, tuple[frozenset[str], frozenset[str]]] = {
     "api_key": (frozenset({"api_key"}), frozenset()),
+    "aws": (frozenset({"access_key_id", "secret_access_key"}), frozenset({"session_token", "expires_at", "region"})),
     "basic": (frozenset({"username", "password"}), frozenset()),
     "oauth2": (frozenset({"access_token"}), frozenset({"refresh_token", "expires_at", "scopes"})),
 }
 _CHECKS: Mapping[str, Callable[[object], str | None]] = {
-    **dict.fromkeys(("api_key", "access_token", "refresh_token"), _token_problem),
+    **dict.fromkeys(("api_key", "access_token", "refresh_token", "secret_access_key", "session_token"), _token_problem),
+    "access_key_id": _access_key_id_problem,
+    "region": _region_problem,
     "username": _username_problem,
     "password": _password_problem,
     "expires_at": _expiry_problem,

@@ -115,16 +115,25 @@ def authorize_url(
     A query that ``authorize_url`` has is kept, but for what is set here: no parameter comes twice. Without ``scopes`` there
     is no ``scope``. ``ValueError`` when a parameter is empty, or ``extra`` has one that the flow itself sets.
     """
-    if RESERVED_AUTHORIZE_PARAMS & extra.keys():
+    reserved = RESERVED_AUTHORIZE_PARAMS | {oauth2.client_id_param}
+    if reserved & extra.keys():
         raise ValueError("an extra parameter is one that the flow itself sets")
     if not (client_id and redirect_uri and state and verifier_challenge) or nonce == "":
         raise ValueError("a parameter is empty, and would be left out silently")
     own = {"code_challenge": verifier_challenge, "code_challenge_method": "S256"} if oauth2.pkce else {}
     own.update({"nonce": nonce} if nonce is not None else {})
     own.update({oauth2.scope_param: oauth2.scope_separator.join(scopes)} if oauth2.scope_param and scopes else {})
-    base = _without_parameters(authorize_url, RESERVED_AUTHORIZE_PARAMS | extra.keys() | own.keys())
+    base = _without_parameters(authorize_url, reserved | extra.keys() | own.keys())
     url = prepare_grant_uri(base, client_id, "code", redirect_uri=redirect_uri, state=state, **own)
-    return str(add_params_to_uri(url, list(extra.items())))
+    return str(add_params_to_uri(_with_client_id_as(url, oauth2.client_id_param), list(extra.items())))
+
+
+def _with_client_id_as(url: str, name: str) -> str:
+    if name == "client_id":
+        return url
+    parts = urlsplit(url)
+    pairs = [(name if one == "client_id" else one, value) for one, value in parse_qsl(parts.query)]
+    return urlunsplit(parts._replace(query=urlencode(pairs)))
 
 
 def _without_parameters(url: str, names: frozenset[str]) -> str:
@@ -212,7 +221,8 @@ def _post(
         why = str(error)
     else:
         given = dict(parse_qsl(body))
-        whole = str(add_params_to_qs(body, {name: value for name, value in fields.items() if name not in given}))
+        proof = {oauth2.client_id_param if name == "client_id" else name: value for name, value in fields.items()}
+        whole = str(add_params_to_qs(body, {name: value for name, value in proof.items() if name not in given}))
         kind = "application/x-www-form-urlencoded"
         if oauth2.token_format == "json":  # noqa: S105 - a format
             whole, kind = json.dumps(dict(parse_qsl(whole, keep_blank_values=True))), "application/json"

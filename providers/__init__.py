@@ -8,14 +8,25 @@ from types import MappingProxyType
 from typing import Any, get_args
 from urllib.parse import urlsplit
 
-from providers.spec import RESERVED_AUTHORIZE_PARAMS, OAuth2, Outcome, Provider, Variable
+from providers.spec import (
+    RESERVED_AUTHORIZE_PARAMS,
+    OAuth2,
+    Outcome,
+    Provider,
+    RateHeaders,
+    ResetFormat,
+    Signer,
+    Variable,
+)
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_]{0,62}")
 HOST_NAME = re.compile(r"|[a-z0-9][a-z0-9-]{0,30}")
 PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
 HEADER_NAME = re.compile(r"[A-Za-z0-9-]+")
+OWN_HEADER_NAME = re.compile(r"[a-z0-9_-]+")
 ERROR_CODE = re.compile(r"[a-z0-9_.-]{1,64}")
-FORBIDDEN_HEADERS = frozenset({"authorization", "cookie", "host", "content-length", "transfer-encoding", "connection"})
+FRAMING_HEADERS = frozenset({"host", "content-length", "transfer-encoding", "connection"})
+FORBIDDEN_HEADERS = FRAMING_HEADERS | {"authorization", "cookie"}
 HOST_BREAKERS = ("/", "@", ":", "#", "?", "\\", "%", " ", "\n")
 URL_FIELDS = (
     *("authorize_url", "token_url", "refresh_url", "revoke_url", "device_url", "userinfo_url", "jwks_url"),
@@ -78,6 +89,9 @@ def problems(provider: Provider) -> Iterator[str]:
         yield from _variable_problems(variable)
     yield from _header_problems("headers", provider.headers)
     yield from _minting_problems(provider)
+    yield from _signer_problems(provider)
+    if provider.rate_headers is not None:
+        yield from _rate_problems(provider.rate_headers)
     if provider.oauth2 is not None:
         yield from _oauth2_problems(provider.oauth2)
         learned = {*provider.oauth2.token_variables, *provider.oauth2.callback_variables}
@@ -94,10 +108,11 @@ def _url_problems(provider: Provider) -> Iterator[str]:
     declared = {variable.name: variable.example for variable in provider.variables}
     texts = {*urls.values(), *provider.headers.values()}
     used = {name for text in texts for name in PLACEHOLDER.findall(text)}
+    used |= {name for signer in provider.signers.values() for name in signer.variables}
     if used - declared.keys():
-        yield "a URL or header has a variable that is not declared"
+        yield "a URL, header or signer has a variable that is not declared"
     if declared.keys() - used:
-        yield "a variable is declared that no URL and no header has"
+        yield "a variable is declared that no URL and no header has, nor a signer"
     for name, url in urls.items():
         if not _https(PLACEHOLDER.sub(lambda found: declared.get(found[1], "x"), url)):
             yield f"{name} must be an https URL without credentials, query or fragment"
@@ -127,10 +142,38 @@ def _variable_problems(variable: Variable) -> Iterator[str]:
 
 def _minting_problems(provider: Provider) -> Iterator[str]:
     for kind, minting in provider.minting.items():
-        if not NAME.fullmatch(kind) or kind in {"oauth2", "api_key", "basic"}:
+        if not NAME.fullmatch(kind) or kind in {"oauth2", "api_key", "basic", "aws"}:
             yield "a kind of minted credential must be of a-z, 0-9 and _, and not a kind that there is already"
         if not all(PARAMETER_NAME.fullmatch(name) and name not in {"type", "scopes"} for name in minting.fields):
             yield f"the fields of {kind} must be of a-z, 0-9 and _, and none may be called type or scopes"
+
+
+def _signer_problems(provider: Provider) -> Iterator[str]:
+    for key, signer in provider.signers.items():
+        kind, at, host = key.partition("@")
+        if kind not in provider.credential_types or (at and (not host or host not in provider.hosts)):
+            yield "signers are for a type that can be imported, or for a type@host with a named host"
+        yield from _owned_problems(signer)
+    named = {f"aws@{host}" if host else "aws" for host in provider.hosts}
+    if provider.aws is not None and "aws" not in provider.signers and not (named and named <= provider.signers.keys()):
+        yield "an AWS key needs a signer for each host"
+
+
+def _owned_problems(signer: Signer) -> Iterator[str]:
+    if FRAMING_HEADERS & set(signer.headers) or not all(OWN_HEADER_NAME.fullmatch(name) for name in signer.headers):
+        yield "a signer's headers must be plain names in lower case, and none that frames the request"
+    if not all(re.fullmatch(r"[\x21-\x7e]+", name) for name in signer.params):
+        yield "a signer's params must be plain names"
+
+
+def _rate_problems(rate_headers: RateHeaders) -> Iterator[str]:
+    told = [name for pairs in rate_headers.statuses.values() for name, _ in pairs]
+    if not all(OWN_HEADER_NAME.fullmatch(name) for name in (*rate_headers.remaining, *rate_headers.reset, *told)):
+        yield "rate_headers must name fields in lower case"
+    if rate_headers.reset_format not in get_args(ResetFormat):
+        yield "the reset_format of rate_headers is not one that is known"
+    if not all(400 <= status <= 599 for status in rate_headers.statuses):
+        yield "the statuses of rate_headers must be those of errors"
 
 
 def _header_problems(what: str, headers: Mapping[str, str]) -> Iterator[str]:

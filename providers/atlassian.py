@@ -20,6 +20,7 @@ from providers.spec import (
     Outgoing,
     Provider,
     ProviderAnswerError,
+    RateHeaders,
     Refresh,
     Variable,
 )
@@ -85,6 +86,7 @@ PROVIDER = Provider(
     ),
     basic=Basic("E-mail and API token", "id.atlassian.com, Security, API tokens; the user name is the e-mail address"),
     # A token of OAuth is refused at the site itself, a pair of e-mail and API token is not.
+    rate_headers=RateHeaders(remaining=("x-ratelimit-remaining",)),
     hosts={
         "": "https://api.atlassian.com",
         "jira": "https://api.atlassian.com/ex/jira/{cloud_id}",

@@ -11,7 +11,7 @@ from urllib.parse import urlencode
 
 from providers.minting import client_credentials
 from providers.oidc import proof, userinfo
-from providers.spec import Credential, Dialogue, OAuth2, Outgoing, Provider, Refresh, Revocation, Variable
+from providers.spec import Credential, Dialogue, OAuth2, Outgoing, Provider, RateHeaders, Refresh, Revocation, Variable
 
 # Auth0's own domains only: the client secret goes there, so a session must not be able to name just any host.
 DOMAIN = r"[a-z0-9][a-z0-9-]{0,62}(\.[a-z]{2}(-[0-9])?)?\.auth0\.com"
@@ -60,6 +60,7 @@ PROVIDER = Provider(
         revocation=Revocation(revoke, kills="nothing", kills_with_refresh="grant"),
     ),
     minting={"client_credentials": client_credentials(fields={"audience": True, "organization": False})},
+    rate_headers=RateHeaders(remaining=("x-ratelimit-remaining",), reset=("x-ratelimit-reset",), reset_format="epoch"),
     hosts={"": "https://{domain}", "management": "https://{domain}/api/v2"},
     variables=(Variable("domain", DOMAIN, "acme.eu.auth0.com"),),
     identify=userinfo,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import importlib
 import pkgutil
+import re
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -17,21 +18,31 @@ from urllib.parse import urlsplit
 
 import providers
 from providers import NAME, URL_FIELDS, CatalogError, collect
+from providers.signing import FIELD_VALUE, signer_of
 from providers.spec import (
     Account,
+    Call,
     Credential,
     Dialogue,
     Incoming,
+    Material,
     OAuth2,
     Outgoing,
     Provider,
     ProviderAnswerError,
     Secret,
+    Signed,
+    Signer,
 )
 
 T = TypeVar("T")
 MOST_REQUESTS = 5
-TOOLS = frozenset({"authoring", "client_auth", "minting", "signing", "spec", "verifying"})
+SIGNED_NAME = re.compile(rb"[a-z0-9_-]+")
+RAW_QUERY = re.compile(rb"[\x21\x22\x24-\x7e]*")
+TOOLS = frozenset(
+    {"authoring", "client_auth", "hmac_signing", "message_signatures", "minting", "rates", "signing", "sigv4", "spec"}
+    | {"verifying"}
+)
 TOKENS = {"access token": "access-token-made-up", "refresh token": "refresh-token-made-up", "secret": "secret-made-up"}
 ANSWERS = (  # what a provider may say on a bad day, and on a good one
     Incoming(200, body=b"{}"),
@@ -43,6 +54,23 @@ ANSWERS = (  # what a provider may say on a bad day, and on a good one
     Incoming(204),
     Incoming(302, {"location": "https://elsewhere.test/"}),
     *(Incoming(status, body=b'{"error": "no"}') for status in (400, 401, 403, 404, 422, 429, 500, 503)),
+)
+MATERIAL: Mapping[str, Mapping[str, str]] = {
+    "api_key": {"api_key": "api-key-made-up"},
+    "basic": {"username": "user-made-up", "password": "password-made-up"},
+    "aws": {
+        "access_key_id": "AKIDMADEUP",
+        "secret_access_key": "secret-key-made-up",
+        "session_token": "session-token-made-up",
+    },
+}
+TOKEN_MATERIAL: Mapping[str, str] = {"access_token": TOKENS["access token"]}
+BODIES = (  # content type and body of calls
+    (b"application/json", b'{"a": [1]}'),
+    (b"application/x-www-form-urlencoded", b"a=1&b="),
+    (b"application/json", b"{"),
+    (b"text/plain", b"\xff"),
+    (None, b""),
 )
 UNCONFIRMED = frozenset({302, 401, 403, 429, 500, 503})
 TOKEN_ANSWERS: tuple[Mapping[str, Any], ...] = (
@@ -107,6 +135,9 @@ def trials(provider: Provider) -> Iterator[str]:
         yield from _revoke_trials(provider, oauth2.revocation.dialogue)
     if oauth2 is not None and oauth2.parse_token is not None:
         yield from _parse_trials(oauth2.parse_token)
+    for kind in provider.credential_types:
+        for host in provider.hosts or {"": ""}:
+            yield from _signer_trials(provider, kind, host)
 
 
 def _identify_trials(provider: Provider, identify: Callable[[Credential], Dialogue[Account]]) -> Iterator[str]:
@@ -144,6 +175,66 @@ def _parse_trials(parse: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> It
             yield "parse_token returns something else than a map"
         if given != answer:
             yield "parse_token changes what it is given"
+
+
+def _signer_trials(provider: Provider, kind: str, host: str) -> Iterator[str]:
+    signer, material = signer_of(provider, kind, host), made_up_material(provider, kind)
+    signed = 0
+    for call in _made_up_calls(signer):
+        results, problem = _signing_tried(signer, call, material)
+        yield from _named(
+            f"the signer of {kind}", (found for one in results for found in _signed_problems(call, one)), problem
+        )
+        signed += len(results)
+    if not signed:
+        yield f"the signer of {kind} can sign no call at all"
+
+
+def _signing_tried(signer: Signer, call: Call, material: Material) -> tuple[list[object], str | None]:
+    """Return what a signer returned, if it did, and what went wrong; neither for a call that it refused as it may."""
+    try:
+        return [signer.sign(call, material)], None
+    except ValueError as error:
+        texts = [secret.reveal() for secret in material.fields.values()]
+        if type(error) is ValueError and not any(text in str(error) for text in texts):
+            return [], None
+        return [], "refuses a call in words that quote a secret, or that are not its own"
+    except Exception as error:  # noqa: BLE001 - it may refuse a call by ValueError only
+        return [], f"raises {type(error).__name__} where only ValueError is allowed"
+
+
+def _signed_problems(call: Call, signed: object) -> Iterator[str]:
+    if not isinstance(signed, Signed):
+        yield "returns something else than Signed"
+        return
+    names = [name for name, _ in signed.headers]
+    if signed == Signed():
+        yield "puts nothing into the call"
+    if not all(isinstance(name, bytes) and SIGNED_NAME.fullmatch(name) for name in names):
+        yield "returns a field whose name is not plain and in lower case"
+    if len(set(names)) < len(names) or set(names) & {name for name, _ in call.headers}:
+        yield "returns a field twice, or one that the caller may send"
+    if not all(isinstance(value, bytes) and FIELD_VALUE.fullmatch(value) for _, value in signed.headers):
+        yield "returns a field whose value is not printable"
+    if signed.query is not None and not RAW_QUERY.fullmatch(signed.query):
+        yield "returns a query that is not encoded"
+
+
+def _made_up_calls(signer: Signer) -> Iterator[Call]:
+    """Yield calls as a signer gets them: without what it owns, and with the whole body only where it asks for that."""
+    for query in (b"", b"a=1&b=%7E+x&c", b"&&=&%zz"):
+        for method, scheme in (("GET", "https"), ("POST", "https"), ("PUT", "http")):
+            for kind, body in BODIES:
+                sent = ((b"content-type", kind),) if kind is not None else ()
+                whole = body if signer.whole_body else None
+                yield Call(method, scheme, "api.example.test", b"/a%20b//c", query, sent, whole)
+
+
+def made_up_material(provider: Provider, kind: str) -> Material:
+    """Return what a signer of a type may use; the variables are the examples."""
+    fields = {name: Secret(text) for name, text in MATERIAL.get(kind, TOKEN_MATERIAL).items()}
+    variables = {variable.name: variable.example for variable in provider.variables}
+    return Material(fields, variables, "client/1", 1_700_000_000.5, "unique-made-up")
 
 
 def made_up_credential(provider: Provider, *, refresh: bool = True, secret: bool = True) -> Credential:

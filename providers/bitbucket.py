@@ -21,6 +21,7 @@ from providers.spec import (
     Outgoing,
     Provider,
     ProviderAnswerError,
+    RateHeaders,
     Refresh,
 )
 
@@ -66,6 +67,7 @@ PROVIDER = Provider(
     api_key=ApiKey("Workspace, project or repository access token", "Settings, Security, Access tokens"),
     basic=Basic("Atlassian e-mail address and API token", "id.atlassian.com, Security, API tokens (with scopes)"),
     minting={"client_credentials": client_credentials()},  # acts as the owner of the consumer
+    rate_headers=RateHeaders(remaining=("x-ratelimit-remaining",)),
     hosts={"": "https://api.bitbucket.org/2.0"},
     identify=identify,
     env_prefix="BITBUCKET",

@@ -8,6 +8,7 @@ from urllib.parse import urlencode
 
 from providers.minting import client_credentials
 from providers.oidc import proof
+from providers.signing import scheme
 from providers.spec import (
     Account,
     ApiKey,
@@ -17,6 +18,7 @@ from providers.spec import (
     Outgoing,
     Provider,
     ProviderAnswerError,
+    RateHeaders,
     Refresh,
     Revocation,
 )
@@ -69,6 +71,8 @@ PROVIDER = Provider(
     ),
     api_key=ApiKey("Bot token", "Developer Portal, the application, Bot; sent as Authorization: Bot …"),
     minting={"client_credentials": client_credentials()},  # a token for the app's owner
+    signers={"api_key": scheme("Bot")},
+    rate_headers=RateHeaders(remaining=("x-ratelimit-remaining",), reset=("x-ratelimit-reset-after",)),
     hosts={"": "https://discord.com/api/v10"},
     headers=HEADERS,
     identify=identify,

@@ -4,6 +4,7 @@ Sources: https://developers.figma.com/docs/rest-api/authentication, figma/rest-a
 Not documented, and so not said here: a way to revoke, the errors of the token endpoint, when a refresh token dies.
 """
 
+from providers.signing import header
 from providers.spec import (
     Account,
     ApiKey,
@@ -46,6 +47,7 @@ PROVIDER = Provider(
     api_key=ApiKey(
         "Personal access token", "Settings, Security, Personal access tokens: figd_…, sent as X-Figma-Token"
     ),
+    signers={"api_key": header("x-figma-token")},
     hosts={"": "https://api.figma.com"},
     identify=identify,
     env_prefix="FIGMA",

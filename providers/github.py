@@ -28,6 +28,7 @@ from providers.spec import (
     Outgoing,
     Provider,
     ProviderAnswerError,
+    RateHeaders,
     Refresh,
     Revocation,
 )
@@ -197,6 +198,12 @@ PROVIDER = Provider(
             account=installation_of,
         )
     },
+    rate_headers=RateHeaders(
+        remaining=("x-ratelimit-remaining",),
+        reset=("x-ratelimit-reset",),
+        reset_format="epoch",
+        statuses={403: (("retry-after", ""), ("x-ratelimit-remaining", "0"))},  # else permission is missing
+    ),
     hosts={"": "https://api.github.com", "uploads": "https://uploads.github.com"},
     headers=HEADERS,
     identify=identify,

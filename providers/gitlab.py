@@ -5,7 +5,10 @@ https://docs.gitlab.com/api/users/, https://docs.gitlab.com/security/tokens/,
 doorkeeper-gem/doorkeeper (tokens_controller.rb: what a revocation ends).
 """
 
+from dataclasses import replace
+
 from providers.oidc import revoke
+from providers.signing import bearer, header
 from providers.spec import (
     Account,
     ApiKey,
@@ -15,9 +18,13 @@ from providers.spec import (
     Outgoing,
     Provider,
     ProviderAnswerError,
+    RateHeaders,
     Refresh,
     Revocation,
 )
+
+# A key may stand in either field, whatever the credential goes into: python-gitlab chooses by the name of its argument.
+KEY_FIELDS = ("authorization", "private-token", "job-token")
 
 
 def identify(credential: Credential) -> Dialogue[Account]:
@@ -25,7 +32,8 @@ def identify(credential: Credential) -> Dialogue[Account]:
     if credential.access_token is None:
         raise ProviderAnswerError("there is no access token to ask with")
     headers = {"Authorization": f"Bearer {credential.access_token.reveal()}", "Accept": "application/json"}
-    answer = yield Outgoing("GET", f"{credential.hosts[''].rstrip('/')}/user", headers)
+    root = credential.hosts[""].rstrip("/").removesuffix("/api/v4")  # with which some name the API
+    answer = yield Outgoing("GET", f"{root}/api/v4/user", headers)
     user = answer.json() if answer.status == 200 else None
     number = user.get("id") if isinstance(user, dict) else None
     if not isinstance(user, dict) or not isinstance(number, int) or isinstance(number, bool):
@@ -53,7 +61,12 @@ PROVIDER = Provider(
         "Personal, project or group access token",
         "Preferences (of a project or group: Settings), Access tokens: glpat-…",
     ),
-    hosts={"": "https://gitlab.com/api/v4"},
+    signers={
+        "api_key": replace(header("private-token"), headers=KEY_FIELDS),
+        "oauth2": replace(bearer(), headers=KEY_FIELDS),
+    },
+    rate_headers=RateHeaders(remaining=("ratelimit-remaining",)),
+    hosts={"": "https://gitlab.com"},  # the libraries put /api/v4 behind it themselves
     identify=identify,
     env_prefix="GITLAB",
 )

@@ -20,6 +20,7 @@ from providers.spec import (
     Outcome,
     Outgoing,
     Provider,
+    RateHeaders,
     Refresh,
     Revocation,
 )
@@ -133,6 +134,9 @@ PROVIDER = Provider(
         )
     },
     # Calendar and Drive live on the default host, under /calendar/v3 and /drive/v3.
+    rate_headers=RateHeaders(
+        statuses={403: (("retry-after", ""),)}
+    ),  # of another 403 its body alone says what it means
     hosts={
         "": "https://www.googleapis.com",
         "gmail": "https://gmail.googleapis.com",

@@ -21,6 +21,7 @@ from providers.spec import (
     Outgoing,
     Provider,
     ProviderAnswerError,
+    RateHeaders,
     Refresh,
     Revocation,
 )
@@ -79,6 +80,7 @@ PROVIDER = Provider(
         revocation=Revocation(revoke, kills="grant", kills_with_refresh="grant"),
     ),
     api_key=ApiKey("Private app token", "Settings, Integrations, Private apps: pat-…, as a bearer token"),
+    rate_headers=RateHeaders(remaining=("x-hubspot-ratelimit-remaining", "x-hubspot-ratelimit-daily-remaining")),
     hosts={"": "https://api.hubapi.com"},
     identify=identify,
     env_prefix="HUBSPOT",

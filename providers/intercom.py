@@ -17,6 +17,7 @@ from providers.spec import (
     Outgoing,
     Provider,
     ProviderAnswerError,
+    RateHeaders,
     Revocation,
 )
 
@@ -76,6 +77,8 @@ PROVIDER = Provider(
     api_key=ApiKey(
         "Access token", "Developer Hub, your app, Configure, Authentication; a bearer token of one workspace"
     ),
+    headers={"Accept": "application/json"},
+    rate_headers=RateHeaders(remaining=("x-ratelimit-remaining",), reset=("x-ratelimit-reset",), reset_format="epoch"),
     hosts={"": "https://api.intercom.io", "eu": "https://api.eu.intercom.io", "au": "https://api.au.intercom.io"},
     identify=identify,
     env_prefix="INTERCOM",

@@ -8,6 +8,7 @@ import json
 from urllib.parse import urlencode
 
 from providers.minting import client_credentials
+from providers.signing import bare
 from providers.spec import (
     Account,
     ApiKey,
@@ -17,6 +18,7 @@ from providers.spec import (
     Outgoing,
     Provider,
     ProviderAnswerError,
+    RateHeaders,
     Refresh,
     Revocation,
 )
@@ -71,6 +73,11 @@ PROVIDER = Provider(
     api_key=ApiKey("Personal API key", "Settings, Security & access: lin_api_…, sent as Authorization without Bearer"),
     # One such token lives per app: a new one ends the one before.
     minting={"client_credentials": client_credentials(scope_separator=",")},
+    signers={"api_key": bare()},
+    rate_headers=RateHeaders(
+        remaining=("x-ratelimit-requests-remaining",),
+        statuses={400: (("x-ratelimit-requests-remaining", "0"),)},
+    ),
     hosts={"": "https://api.linear.app/graphql"},
     identify=identify,
     env_prefix="LINEAR",

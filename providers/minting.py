@@ -66,8 +66,12 @@ def token_request(
 
 def jwt_grant(minter: Minter, assertion: str) -> Outgoing:
     """Build the request that gives a signed JWT for a token (RFC 7523 2.1); pure."""
-    body = urlencode({"grant_type": JWT_BEARER, "assertion": assertion})
-    return Outgoing("POST", token_url_of(minter), FORM, body.encode())
+    return Outgoing("POST", token_url_of(minter), FORM, jwt_grant_body(assertion))
+
+
+def jwt_grant_body(assertion: str) -> bytes:
+    """Return the form of such a request, for a token endpoint that is not the provider's ``token_url``; pure."""
+    return urlencode({"grant_type": JWT_BEARER, "assertion": assertion}).encode()
 
 
 def token_url_of(minter: Minter) -> str:

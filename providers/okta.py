@@ -7,7 +7,8 @@ https://developer.okta.com/docs/reference/core-okta-api/, okta/okta-sdk-python (
 
 from providers.minting import client_credentials
 from providers.oidc import revoke, userinfo
-from providers.spec import ApiKey, OAuth2, Provider, Refresh, Revocation, Variable
+from providers.signing import scheme
+from providers.spec import ApiKey, OAuth2, Provider, RateHeaders, Refresh, Revocation, Variable
 
 # Okta's own domains only: the client secret goes there, so a session must not be able to name just any host.
 DOMAIN = r"[a-z0-9][a-z0-9-]{0,62}\.(okta|oktapreview|okta-emea|okta-gov)\.com"
@@ -33,6 +34,10 @@ PROVIDER = Provider(
     ),
     api_key=ApiKey("API token", "Admin console, Security, API, Tokens; it goes out as Authorization: SSWS …"),
     minting={"client_credentials": client_credentials()},  # Okta's own API wants private_key_jwt for it
+    signers={"api_key": scheme("SSWS")},
+    rate_headers=RateHeaders(
+        remaining=("x-rate-limit-remaining",), reset=("x-rate-limit-reset",), reset_format="epoch"
+    ),
     hosts={"": "https://{domain}"},
     variables=(Variable("domain", DOMAIN, "acme.okta.com"),),
     identify=userinfo,

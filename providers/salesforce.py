@@ -25,6 +25,7 @@ from providers.spec import (
     Outgoing,
     Provider,
     ProviderAnswerError,
+    RateHeaders,
     Refresh,
     Revocation,
     Variable,
@@ -120,6 +121,7 @@ PROVIDER = Provider(
         "client_credentials": client_credentials(),
         "jwt_bearer": Minting("JWT bearer", sign_in, {"username": True, "private_key": True}, read=read_user),
     },
+    rate_headers=RateHeaders(remaining=("sforce-limit-info",)),
     hosts={"": "https://{instance}"},
     variables=(
         Variable("login", rf"login|test|{LABEL}(?:\.[a-z]{{2,16}})?\.my", "acme.my", default="login"),

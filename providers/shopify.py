@@ -17,6 +17,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 from providers.minting import client_credentials
+from providers.signing import header
 from providers.spec import (
     Account,
     ApiKey,
@@ -26,6 +27,7 @@ from providers.spec import (
     Outgoing,
     Provider,
     ProviderAnswerError,
+    RateHeaders,
     Refresh,
     Secret,
     Variable,
@@ -113,6 +115,8 @@ PROVIDER = Provider(
     ),
     minting={"client_credentials": client_credentials()},  # only for shops of the organisation that owns the app
     api_key=ApiKey("Admin API access token", "Of a custom app made in the shop's admin: shpat_…"),
+    signers=dict.fromkeys(("oauth2", "api_key", "client_credentials"), header("x-shopify-access-token")),
+    rate_headers=RateHeaders(remaining=("x-shopify-shop-api-call-limit",)),
     hosts={"": "https://{shop}"},
     variables=(Variable("shop", r"[a-z0-9][a-z0-9-]{0,62}\.myshopify\.com", "acme.myshopify.com", learned=True),),
     identify=identify,

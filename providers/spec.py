@@ -11,7 +11,7 @@ import hmac
 import json
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Any, Literal, Protocol, TypeAlias, TypeVar
 
 T = TypeVar("T")
 RESERVED_AUTHORIZE_PARAMS = frozenset(  # what the flow itself sets in an authorization request, or never wants there
@@ -172,6 +172,7 @@ class OAuth2:
     JSON object of the token endpoint, also an error, before it is checked.
     ``refresh_url``: where refreshes go, when not to ``token_url``. ``pkce``: False only where a confidential client cannot
     use it. ``scope_param``: the parameter's name in the authorization request, ``""`` where scopes are not asked for.
+    ``client_id_param``: the name under which the client's id is sent, to the authorization and to the token endpoint.
     ``token_format``: how bodies for the token endpoint are written. ``exchange_params`` go into each code exchange besides.
     ``device_auth``: how the client proves itself in a device flow, when otherwise than with ``client_auth``;
     ``device_scope_param``: the name under which that asks for scopes.
@@ -206,6 +207,7 @@ class OAuth2:
     exchange_params: Mapping[str, str] = field(default_factory=dict)
     pkce: bool = True
     scope_param: str = "scope"
+    client_id_param: str = "client_id"
     device_auth: ClientAuth | None = None
     device_scope_param: str = "scope"
     token_variables: Mapping[str, str] = field(default_factory=dict)
@@ -269,6 +271,17 @@ class Basic:
 
 
 @dataclass(frozen=True, slots=True)
+class Aws:
+    """An AWS access key pair, of a user or (with a session token) temporary. It needs a signer: see ``providers.sigv4``.
+
+    The key's region becomes the connection's variable ``region``, where there is such a variable.
+    """
+
+    title: str = "AWS access key"
+    help: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Variable:
     """A part of a host or path that differs between connections, such as ``{shop}``; ``pattern`` must match fully.
 
@@ -283,16 +296,113 @@ class Variable:
     learned: bool = False
 
 
+# --- Putting the credential into a proxied call.
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A proxied request as it goes out, but for the credential.
+
+    ``path`` begins with ``/`` and is raw, as is ``query`` (without ``?``). ``authority``: what ``Host`` says. ``headers``:
+    in order, names in lower case, without ``host``, framing and whatever the signer owns. ``body``: all of it for a signer
+    that asks for the whole; else None, for it may be streamed.
+    """
+
+    method: str
+    scheme: str
+    authority: str
+    path: bytes
+    query: bytes
+    headers: tuple[tuple[bytes, bytes], ...] = field(repr=False)
+    body: bytes | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Material:
+    """What a signer may use: the opened credential's fields by the names of its type, and what else is known.
+
+    ``fields``: ``access_token`` (also of everything minted); ``api_key``; ``username`` and ``password``; those of ``aws``.
+    ``variables``: the connection's, which hold no secret. ``now``: seconds since 1970. ``unique``: random, for a nonce.
+    """
+
+    fields: Mapping[str, Secret]
+    variables: Mapping[str, str]
+    client_id: str
+    now: float
+    unique: str
+
+
+class BodyRewriter(Protocol):
+    """Changes a body on its way out, piece by piece, without changing its length; one for each attempt."""
+
+    def feed(self, chunk: bytes) -> bytes:
+        """Return what may go out by now; ``ValueError`` (its text is shown) for a body that is not of its form."""
+        ...
+
+    def finish(self) -> bytes:
+        """Return the rest; ``ValueError`` where the body ended too early."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Signed:
+    """What a signer adds: fields (names in lower case, each one once), or another query, or another body."""
+
+    headers: tuple[tuple[bytes, bytes], ...] = field(default=(), repr=False)
+    query: bytes | None = field(default=None, repr=False)
+    body: bytes | None = field(default=None, repr=False)
+    rewriter: BodyRewriter | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Signer:
+    """How a credential is put into a call. ``sign`` is pure, runs last, and again for each attempt.
+
+    ``headers`` are the fields that it owns, in lower case: a caller's own are dropped, and a caller key may stand there.
+    ``params``: query parameters likewise, without the key. ``whole_body``: it needs all of the body, which is bounded then.
+    ``secrets`` says besides the material's own fields which texts it puts on the wire that an answer must not echo.
+    ``variables`` are those of the connection that it reads.
+    ``sign`` raises ``ValueError`` (its text is shown, so it quotes nothing) for a call that cannot be signed.
+    """
+
+    sign: Callable[[Call, Material], Signed]
+    headers: tuple[str, ...] = ("authorization",)
+    params: tuple[str, ...] = ()
+    whole_body: bool = False
+    secrets: Callable[[Material], Sequence[str]] | None = None
+    variables: tuple[str, ...] = ()
+
+
+ResetFormat = Literal["seconds", "epoch", "epoch_ms", "duration", "http_date", "rfc3339"]
+
+
+@dataclass(frozen=True, slots=True)
+class RateHeaders:
+    """The fields of an answer that tell how much a client may still call. Names in lower case, the first one found counts.
+
+    ``statuses``: those that mean "too many" beside 429, each with the fields (name, value) of which one must be there, or
+    none at all where the status alone says it; the value ``""`` is any. ``reset`` counts only when the answer means "too
+    many", or nothing remains. A ``remaining`` field may also say used/limit, such as ``32/40``.
+    """
+
+    remaining: tuple[str, ...] = ()
+    reset: tuple[str, ...] = ()
+    reset_format: ResetFormat = "seconds"
+    statuses: Mapping[int, tuple[tuple[str, str], ...]] = field(default_factory=dict)
+
+
 @dataclass(frozen=True, slots=True)
 class Provider:
     """One provider: everything that the broker has to know of it, and nothing about it stands anywhere else.
 
     ``hosts`` are the API bases by name, ``""`` the default one, each exactly what the vendor's SDK takes as its base URL.
-    ``minting``: other ways to obtain a token, by the ``type`` of an import. ``headers`` go with each proxied call and may
-    hold variables. ``identify`` asks who the account is when there is no ID token, or the ID token lacks it. With
-    ``env_prefix``, ``<PREFIX>_CLIENT_ID`` and ``<PREFIX>_CLIENT_SECRET`` in the environment make an integration of that
-    name: every file with ``oauth2`` has one, its name in capitals, but a generic one, which says nothing of where the
-    secret would go. Variables are no reason against it: sessions give them.
+    ``minting``: other ways to obtain a token, by the ``type`` of an import. ``signers``: how a credential of a type is put
+    into a call, by the type, or by ``type@host`` where one of the named hosts wants it otherwise; without an entry a bearer
+    token, for ``basic`` RFC 7617. ``headers`` go with each proxied call: a plain one where the caller sends none of that
+    name, one with a variable (or ``{client_id}``) in place of the caller's. ``identify`` asks who the account is when there is
+    no ID token, or the ID token lacks it. With ``env_prefix``, ``<PREFIX>_CLIENT_ID`` and ``<PREFIX>_CLIENT_SECRET`` in the
+    environment make an integration of that name: every file with ``oauth2`` has one, its name in capitals, but a generic
+    one, which says nothing of where the secret would go. Variables are no reason against it: sessions give them.
     """
 
     name: str
@@ -301,7 +411,10 @@ class Provider:
     oauth2: OAuth2 | None = None
     api_key: ApiKey | None = None
     basic: Basic | None = None
+    aws: Aws | None = None
     minting: Mapping[str, Minting] = field(default_factory=dict)
+    signers: Mapping[str, Signer] = field(default_factory=dict)
+    rate_headers: RateHeaders | None = None
     hosts: Mapping[str, str] = field(default_factory=dict)
     headers: Mapping[str, str] = field(default_factory=dict)
     variables: tuple[Variable, ...] = ()
@@ -311,5 +424,5 @@ class Provider:
     @property
     def credential_types(self) -> tuple[str, ...]:
         """What can be imported: the ``type`` values of ``POST /v1/connections``."""
-        kinds = (("oauth2", self.oauth2), ("api_key", self.api_key), ("basic", self.basic))
+        kinds = (("oauth2", self.oauth2), ("api_key", self.api_key), ("basic", self.basic), ("aws", self.aws))
         return (*(name for name, kind in kinds if kind is not None), *self.minting)

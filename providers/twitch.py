@@ -20,6 +20,7 @@ from providers.spec import (
     Outgoing,
     Provider,
     ProviderAnswerError,
+    RateHeaders,
     Refresh,
     Revocation,
     Variable,
@@ -117,6 +118,7 @@ PROVIDER = Provider(
         revocation=Revocation(revoke, kills="token", kills_with_refresh="token"),
     ),
     minting={"client_credentials": client_credentials()},
+    rate_headers=RateHeaders(remaining=("ratelimit-remaining",), reset=("ratelimit-reset",), reset_format="epoch"),
     hosts={"": "https://api.twitch.tv/helix"},
     headers={"Client-Id": "{client_id}"},  # must be the token's own client
     variables=(Variable("client_id", r"[a-z0-9]{1,64}", "wbmytr93xzw8zbg0p1izqyzzc5mbiz", learned=True),),

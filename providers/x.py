@@ -18,6 +18,7 @@ from providers.spec import (
     Outgoing,
     Provider,
     ProviderAnswerError,
+    RateHeaders,
     Refresh,
     Revocation,
 )
@@ -68,6 +69,9 @@ PROVIDER = Provider(
     ),
     api_key=ApiKey(
         "Bearer token of an app", "Developer console, the app, Keys and tokens: acts for the app, not a user"
+    ),
+    rate_headers=RateHeaders(
+        remaining=("x-rate-limit-remaining",), reset=("x-rate-limit-reset",), reset_format="epoch"
     ),
     hosts={"": "https://api.x.com"},
     identify=identify,

@@ -18,6 +18,7 @@ from providers.spec import (
     Outgoing,
     Provider,
     ProviderAnswerError,
+    RateHeaders,
     Refresh,
     Revocation,
     Variable,
@@ -76,6 +77,7 @@ PROVIDER = Provider(
     ),
     # "custom connections": one organisation, and no tenant header
     minting={"client_credentials": client_credentials()},
+    rate_headers=RateHeaders(remaining=("x-minlimit-remaining", "x-daylimit-remaining")),
     hosts={
         "": "https://api.xero.com/api.xro/2.0",
         "identity": "https://api.xero.com",

@@ -16,6 +16,7 @@ from providers.spec import (
     Outgoing,
     Provider,
     ProviderAnswerError,
+    RateHeaders,
     Refresh,
     Revocation,
     Variable,
@@ -76,6 +77,7 @@ PROVIDER = Provider(
         "E-mail address and API token", "User name: the e-mail address followed by /token. Password: the API token"
     ),
     minting={"client_credentials": client_credentials(json_body=True)},
+    rate_headers=RateHeaders(remaining=("x-rate-limit-remaining", "ratelimit-remaining")),
     hosts={"": "https://{subdomain}.zendesk.com/api/v2"},
     variables=(Variable("subdomain", r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?", "acme"),),
     identify=identify,

@@ -18,6 +18,7 @@ from providers.spec import (
     Outgoing,
     Provider,
     ProviderAnswerError,
+    RateHeaders,
     Refresh,
     Revocation,
 )
@@ -66,6 +67,7 @@ PROVIDER = Provider(
     minting={
         "account_credentials": client_credentials(grant_type="account_credentials", fields={"account_id": True}),
     },
+    rate_headers=RateHeaders(remaining=("x-ratelimit-remaining",)),
     hosts={"": "https://api.zoom.us/v2"},
     identify=identify,
     env_prefix="ZOOM",

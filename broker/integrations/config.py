@@ -45,8 +45,8 @@ class RateLimitConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
-    max_requests: int = Field(ge=1)
-    window_seconds: float = Field(gt=0)
+    max_requests: int = Field(ge=1, le=100_000)
+    window_seconds: float = Field(gt=0, le=86_400)
     strategy: Literal["sliding", "fixed"] = "sliding"
 
 
@@ -161,7 +161,8 @@ def _good_url(url: str, *, development: bool) -> bool:
 
 def _config_problems(config: IntegrationConfig, provider: Provider) -> list[FieldError]:
     problems = []
-    if RESERVED_AUTHORIZE_PARAMS & config.authorize_params.keys():
+    own_name = provider.oauth2.client_id_param if provider.oauth2 is not None else "client_id"
+    if (RESERVED_AUTHORIZE_PARAMS | {own_name}) & config.authorize_params.keys():
         problems.append(FieldError("/config/authorize_params", "must not set a parameter that the flow itself sets"))
     declared = {variable.name: variable for variable in provider.variables}
     for name, value in config.variables.items():

@@ -47,8 +47,9 @@ class Behaviour:
 
     ``client_auth``: the only way in which the token endpoint takes the client. ``pkce``: ``checked`` (the verifier must fit
     the challenge), ``ignored``, or ``refused`` (neither may be sent). ``scope_separator`` and ``scope_param`` of the
-    authorization request. ``authorize_needs``: parameters that it must have. ``exchange_needs``, ``refresh_needs``: members of
-    those requests besides the protocol's. ``code_answer`` and ``refresh_answer`` are the whole answers; without a
+    authorization request. ``client_id_param``: what the client's id is called, everywhere. ``authorize_needs``: parameters
+    that it must have. ``exchange_needs``, ``refresh_needs``: members of those requests besides the protocol's.
+    ``code_answer`` and ``refresh_answer`` are the whole answers; without a
     ``refresh_answer`` there are no refresh tokens. ``rotates``: a used refresh token is dead; ``ends_access``: and so is the
     old access token.
     ``dead``: the answer to a refresh token that is not live. ``refused_client``: to a wrong client secret. ``busy``: when the
@@ -62,7 +63,7 @@ class Behaviour:
     ``token_headers``: headers that those requests must have. ``{id_token}`` in an answer is signed by the fake; ``claims``
     are added to it, or replace its own (``sub`` is ``account_id``). ``urls``: addresses as documented, by the names of
     ``OAuth2``; for those that are not here the provider's file is believed. A token may have a beginning of its own:
-    ``"gho_{access}"``.
+    ``"gho_{access}"``. ``{in_30_days}`` is that moment (RFC 3339).
     """
 
     provider: str
@@ -76,6 +77,7 @@ class Behaviour:
     token_format: Literal["form", "json"] = "form"
     pkce: Literal["checked", "ignored", "refused"] = "checked"
     scope_param: str = "scope"
+    client_id_param: str = "client_id"
     scope_separator: str = " "
     asked_scopes: tuple[str, ...] = ()
     scopes: tuple[str, ...] | None = None

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import parse_qsl, unquote_plus, urlencode, urlsplit
 
@@ -171,12 +172,14 @@ class Like:
 
     def _asked_problems(self, asked: Mapping[str, str]) -> Iterator[str]:
         known, scopes = self.behaviour, self.behaviour.scope_separator.join(self.behaviour.asked_scopes)
-        wanted = {"response_type": "code", "client_id": self.client_id, "redirect_uri": self.redirect_uri}
+        wanted = {"response_type": "code", known.client_id_param: self.client_id, "redirect_uri": self.redirect_uri}
         wanted.update({known.scope_param: scopes} if known.scope_param and scopes else {})
         wanted.update({name: self.filled(text) for name, text in known.authorize_needs.items()})
         for name, value in wanted.items():
             if asked.get(name) != value:
                 yield f"must have {name}={value}, and has {asked.get(name)}"
+        if "client_id" in asked and "client_id" not in wanted:
+            yield "has a client_id, which has another name here"
         if "scope" in asked and "scope" not in wanted:
             yield "has a scope, which this provider does not take there"
         if not asked.get("state"):
@@ -197,7 +200,7 @@ class Like:
         for name, value in known.token_headers.items():
             if seen.headers.get(name.lower()) != value:
                 raise Wrong(f"a request for tokens lacks the header {name}: {value}")
-        rest = {name: value for name, value in members.items() if name not in {"client_id", "client_secret"}}
+        rest = {name: value for name, value in members.items() if name not in {known.client_id_param, "client_secret"}}
         grant_type = rest.pop("grant_type", None)
         home = self.url("refresh_url") if grant_type == "refresh_token" else ""
         if seen.path != self._path(home or self.url("token_url")):
@@ -213,18 +216,18 @@ class Like:
 
     def _proven(self, seen: Seen, members: Mapping[str, Any]) -> bool:
         """Whether the client is the right one; Wrong when it proves itself in another way than this provider takes."""
-        kind, basic = self.behaviour.client_auth, _basic(seen)
-        in_body = {name for name in ("client_id", "client_secret") if name in members}
+        kind, basic, id_name = self.behaviour.client_auth, _basic(seen), self.behaviour.client_id_param
+        in_body = {name for name in (id_name, "client_secret") if name in members}
         fitting: dict[str, set[str]] = {
             "client_secret_basic": set(),
-            "client_secret_post": {"client_id", "client_secret"},
-            "none": {"client_id"},
+            "client_secret_post": {id_name, "client_secret"},
+            "none": {id_name},
         }
         if in_body != fitting[kind] or (basic is not None) != (kind == "client_secret_basic"):
             raise Wrong(f"the client has to prove itself by {kind}, once", 401)
         if kind == "none":
-            return bool(members["client_id"] == self.client_id)
-        given_id, given = basic or (members["client_id"], members["client_secret"])
+            return bool(members[id_name] == self.client_id)
+        given_id, given = basic or (members[id_name], members["client_secret"])
         if given_id != self.client_id:
             raise Wrong("the client id is another one", 401)
         return given in self.secrets
@@ -280,6 +283,7 @@ class Like:
         """Return an answer with fresh tokens in it, which are live from now on."""
         fresh = {"refresh": secrets.token_urlsafe(24), **self._cores, "access": secrets.token_urlsafe(24)}
         cores = self._cores = {name: fresh[name] for name in ("access", "refresh")}
+        cores = {**cores, "in_30_days": (datetime.now(UTC) + timedelta(days=30)).strftime("%Y-%m-%dT%H:%M:%SZ")}
         if "{id_token}" in json.dumps(template):
             cores = {**cores, "id_token": self._id_token(nonce)}
         for kind in ("access", "refresh"):

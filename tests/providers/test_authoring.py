@@ -15,7 +15,21 @@ import pytest
 import providers
 from providers import collect, load_catalog, problems
 from providers.authoring import check, check_all, names, skeleton, trials, write_skeleton
-from providers.spec import Account, Credential, Dialogue, Incoming, Outgoing, Provider, Revocation, Variable
+from providers.spec import (
+    Account,
+    ApiKey,
+    Call,
+    Credential,
+    Dialogue,
+    Incoming,
+    Material,
+    Outgoing,
+    Provider,
+    Revocation,
+    Signed,
+    Signer,
+    Variable,
+)
 
 
 def begun(name: str = "acme") -> Provider:
@@ -128,6 +142,48 @@ CARELESS_PARSE: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "changes what it is given": _changing_parse,
     "something else than a map": list,
 }
+
+
+def quoting(_call: Call, material: Material) -> Signed:
+    """Quote the key."""
+    raise ValueError(f"{material.fields['api_key'].reveal()} is no good")
+
+
+def decoding(_call: Call, material: Material) -> Signed:
+    """Let the decoder speak."""
+    return Signed(((b"x", material.fields["api_key"].reveal().encode().decode("utf-16").encode()),))
+
+
+def refusing(_call: Call, _material: Material) -> Signed:
+    """Refuse everything."""
+    raise ValueError("no")
+
+
+def returning(*headers: tuple[bytes, bytes], query: bytes | None = None) -> Callable[[Call, Material], Signed]:
+    """Return a signer's function that returns the same for whatever call."""
+    return lambda _call, _material: Signed(headers, query)
+
+
+CARELESS_SIGN: dict[str, Callable[[Call, Material], Any]] = {
+    "quote a secret": quoting,
+    "not its own": decoding,
+    "raises KeyError": lambda _call, material: material.fields["password"],
+    "can sign no call": refusing,
+    "something else than Signed": lambda _call, _material: None,
+    "puts nothing": returning(),
+    "plain and in lower case": returning((b"X-Key", b"1")),
+    "a field twice": returning((b"x-key", b"1"), (b"x-key", b"2")),
+    "that the caller may send": returning((b"content-type", b"text/plain")),
+    "not printable": returning((b"x-key", b"1\r\n")),
+    "not encoded": returning(query=b"a=1#b"),
+}
+
+
+@pytest.mark.parametrize("words", CARELESS_SIGN)
+def test_a_careless_signer_is_found_out(words: str) -> None:
+    provider = replace(begun(), api_key=ApiKey(), signers={"api_key": Signer(CARELESS_SIGN[words])})
+    found = list(trials(provider))
+    assert any(one.startswith("the signer of api_key") and words in one for one in found)
 
 
 @pytest.mark.parametrize("words", CARELESS_IDENTIFY)

@@ -19,9 +19,13 @@ from hypothesis import strategies as st
 import providers
 from broker.integrations.config import has_endpoints
 from providers import CatalogError, collect, implied_by, load_catalog, problems
+from providers.minting import client_credentials
+from providers.signing import bearer, header, query
+from providers.sigv4 import sigv4
 from providers.spec import (
     Account,
     ApiKey,
+    Aws,
     Credential,
     Dialogue,
     Incoming,
@@ -29,6 +33,7 @@ from providers.spec import (
     Outgoing,
     Provider,
     ProviderAnswerError,
+    RateHeaders,
     Refresh,
     Secret,
     Variable,
@@ -38,6 +43,7 @@ T = TypeVar("T")
 CATALOG = load_catalog()
 NAMES = sorted(CATALOG)
 URL_FIELDS = ("authorize_url", "token_url", "revoke_url", "device_url", "userinfo_url", "jwks_url", "issuer")
+GENERIC = {"oidc", "keycloak"}  # say nothing of where the client secret would go
 MOST_REQUESTS = 5
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=20),
@@ -308,8 +314,49 @@ BAD: dict[str, tuple[Provider, str]] = {
     "no separator": (good_with(scope_separators_in=""), "a separator"),
     "a scope with a separator": (good_with(default_scopes=("some other",)), "hold a separator"),
     "scopes in a circle": (good_with(implied_scopes={"a": ("b",), "b": ("a",)}), "circle"),
+    "a signer of a type that there is not": (replace(GOOD, signers={"basic": bearer()}), "signers are for a type"),
+    "a signer of a host that there is not": (
+        replace(GOOD, signers={"oauth2@files": bearer()}),
+        "signers are for a type",
+    ),
+    "a signer of a host without a name": (replace(GOOD, signers={"oauth2@": bearer()}), "signers are for a type"),
+    "a signer that owns the length": (
+        replace(GOOD, signers={"oauth2": header("Content-Length")}),
+        "a signer's headers",
+    ),
+    "a signer's name with a space": (replace(GOOD, signers={"oauth2": header("x y")}), "a signer's headers"),
+    "a signer's name in capitals": (
+        replace(GOOD, signers={"oauth2": replace(bearer(), headers=("Authorization",))}),
+        "a signer's headers",
+    ),
+    "a signer's parameter with a space": (replace(GOOD, signers={"oauth2": query("a b")}), "a signer's params"),
+    "a signer with an undeclared variable": (
+        replace(GOOD, signers={"oauth2": header("x-zone", value="{zone}")}),
+        "signer has a variable that is not declared",
+    ),
+    "an AWS key without a signer": (replace(GOOD, aws=Aws()), "an AWS key needs a signer"),
+    "a minted type called aws": (replace(GOOD, minting={"aws": client_credentials()}), "a kind of minted credential"),
+    "a rate field in capitals": (replace(GOOD, rate_headers=RateHeaders(remaining=("X-Left",))), "in lower case"),
+    "a rate sign in capitals": (
+        replace(GOOD, rate_headers=RateHeaders(statuses={403: (("X-Left", "0"),)})),
+        "in lower case",
+    ),
+    "an unknown reset format": (
+        replace(GOOD, rate_headers=RateHeaders(reset_format="weeks")),  # type: ignore[arg-type]
+        "reset_format",
+    ),
+    "a success that means too many": (replace(GOOD, rate_headers=RateHeaders(statuses={200: ()})), "those of errors"),
     "nobody to ask who consented": (replace(GOOD, identify=None), "identify"),
 }
+
+
+def test_a_variable_that_only_a_signer_has_is_used() -> None:
+    hosts = {"": "https://{shop}.example.test", "mail": "https://mail.example.test"}
+    variables = (*GOOD.variables, Variable("region", r"[a-z0-9-]{1,40}", "eu-central-1", "us-east-1"))
+    signed = replace(GOOD, aws=Aws(), hosts=hosts, variables=variables, signers={"aws": sigv4("s3", s3=True)})
+    assert list(problems(signed)) == []
+    each = {"aws@mail": sigv4("ses")}
+    assert any("for each host" in found for found in problems(replace(signed, signers=each)))
 
 
 def test_the_good_definition_is_good() -> None:
@@ -358,6 +405,6 @@ def test_a_scope_contains_what_its_parts_contain() -> None:
 def test_every_provider_but_a_generic_one_takes_its_client_from_the_environment() -> None:
     catalog = load_catalog()
     assert {one.name: one.env_prefix for one in catalog.values() if has_endpoints(one) and one.oauth2} == {
-        one.name: one.name.upper() for one in catalog.values() if one.name != "oidc"
+        one.name: one.name.upper() for one in catalog.values() if one.oauth2 and one.name not in GENERIC
     }
-    assert catalog["oidc"].env_prefix is None
+    assert {one.env_prefix for one in catalog.values() if one.name in GENERIC or not one.oauth2} == {None}

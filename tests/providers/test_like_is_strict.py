@@ -329,6 +329,20 @@ async def test_bodies_are_json_where_the_provider_takes_json_and_clients_prove_t
         assert "by client_secret_basic, once" in only_complaint(visitor)
 
 
+async def test_a_client_goes_by_the_name_that_the_provider_has_for_its_id() -> None:
+    async with visiting(replace(STRICT, client_id_param="client_key")) as visitor:
+        await visitor.asks()
+        assert "must have client_key=like-client" in visitor.like.complaints.pop()
+        await visitor.asks(client_key="like-client")
+        assert "has a client_id" in only_complaint(visitor)
+        visitor.like.complaints.clear()
+        came = await visitor.asks(client_key="like-client", client_id=None)
+        code = dict(parse_qsl(urlsplit(came.headers["location"]).query))["code"]
+        exchange = {"grant_type": "authorization_code", "code": code, "redirect_uri": BACK, "expiring": "1"}
+        await visitor.posts("/token", exchange, code_verifier=VERIFIER)
+        assert "by client_secret_post, once" in only_complaint(visitor)
+
+
 async def test_a_public_client_names_itself_and_has_no_secret() -> None:
     async with visiting(replace(STRICT, client_auth="none")) as visitor:
         assert (await visitor.exchanges(client_secret=None)).status_code == 200

@@ -1,0 +1,14 @@
+"""Resend: a key as a bearer token; one that may only send is refused everywhere else, and is good all the same.
+
+Sources: resend/resend-openapi (resend.yaml), NangoHQ/nango.
+"""
+
+from providers.spec import ApiKey, Provider
+
+PROVIDER = Provider(
+    name="resend",
+    title="Resend",
+    docs_url="https://resend.com/docs/api-reference/introduction",
+    api_key=ApiKey("API key", "Dashboard, API Keys: re_…, with full access or for sending only"),
+    hosts={"": "https://api.resend.com"},
+)
