@@ -425,13 +425,13 @@ class AuditRecord(SQLModel, table=True):
 
     __tablename__ = "audit_records"
     __table_args__ = (
-        # No column of a hand-out has an index: each cost one a fifth of its time, and "Audit.search" walks the numbers.
+        # No column of a hand-out or a call has an index: it costs one up to a fifth of its time, and "Audit.search" walks.
         Index(
             "ix_audit_records_rare",
             "action",
             "number",
-            sqlite_where=text("action <> 'connection.token'"),
-            postgresql_where=text("action <> 'connection.token'"),
+            sqlite_where=text("action <> 'connection.token' AND action <> 'connection.proxy'"),
+            postgresql_where=text("action <> 'connection.token' AND action <> 'connection.proxy'"),
         ),
     )
 
@@ -593,3 +593,55 @@ class IntegrationLog(SQLModel, table=True):
     action: str
     text: str
     duration_ms: float | None = _time()
+
+
+class CallMinute(SQLModel, table=True):
+    """What an integration's proxied calls of one minute add up to, one row a ``part`` (see ``activity.Tally.parts``).
+
+    Every process adds to the same rows. ``at`` is the minute's begin; after two hours that of its hour.
+    """
+
+    __tablename__ = "call_minutes"
+
+    integration: str = Field(primary_key=True)
+    at: int = _count(primary_key=True)
+    part: str = Field(primary_key=True)
+    amount: int = _count()
+
+
+class CallLatest(SQLModel, table=True):
+    """When an integration's last proxied call ended, and what its upstream last said is left of the limit."""
+
+    __tablename__ = "call_latest"
+
+    integration: str = Field(primary_key=True)
+    last_at: float = _time(nullable=False)
+    rate_remaining: int | None = Field(default=None, sa_column=Column(BigInteger))
+    rate_at: float = _time(nullable=False)
+
+
+class CallLine(SQLModel, table=True):
+    """One proxied call, for ``GET /v1/integrations/{name}/logs``: a sample, no query, and gone with its connection."""
+
+    __tablename__ = "call_lines"
+    __table_args__ = (Index("ix_call_lines_of", "integration", "at", "id"),)
+
+    id: int | None = Field(
+        default=None, sa_column=Column(BigInteger().with_variant(Integer(), "sqlite"), primary_key=True)
+    )
+    integration: str
+    at: float = _time(nullable=False, index=True)
+    level: str
+    connection_id: str = Field(index=True)
+    caller_id: str
+    request_id: str
+    method: str
+    host: str
+    path: str
+    status: int | None = None
+    code: str | None = None
+    attempts: int
+    upstream_ms: float = _time(nullable=False)
+    total_ms: float = _time(nullable=False)
+    bytes_out: int = _count()
+    bytes_in: int = _count()

@@ -97,6 +97,10 @@ class Settings(BaseSettings):
     keyring_file: Path | None = None
     secret_cache_seconds: Annotated[float, Field(ge=0, le=3600)] = 30
     background_refreshes_per_minute: Annotated[int, Field(ge=1, le=100_000)] = 1200
+    proxy_domain: str | None = None
+    proxy_most_bytes: Annotated[int, Field(ge=1024, le=2**40)] = 5 * 1024**3
+    caller_calls_per_second: Annotated[float, Field(ge=0, le=100_000)] = 0
+    redis_url: Secret | None = None
     audit_sinks: CommaList = ("database",)
     audit_checkpoints: CommaList = ()
     audit_retention_days: Annotated[float, Field(ge=1)] | None = None
@@ -175,6 +179,25 @@ class Settings(BaseSettings):
             message = "must have no path: cookies with the __Host- prefix and callback addresses need the root"
             raise ValueError(message)
         return f"{parts.scheme}://{parts.netloc}"
+
+    @field_validator("proxy_domain")
+    @classmethod
+    def _plain_domain(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        label = "[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
+        if len(value) > 180 or not re.fullmatch(rf"({label}[.])+(?=[a-z]){label}", value.lower()):
+            message = "must be a plain DNS name such as proxy.example.com, without scheme, port or final dot"
+            raise ValueError(message)
+        return value.lower()
+
+    @field_validator("redis_url")
+    @classmethod
+    def _redis_address(cls, value: Secret | None) -> Secret | None:
+        if value is not None and not _is_redis_url(value.reveal()):
+            message = "must be redis://[[user]:password@]host[:port][/number], or the same with rediss:// for TLS"
+            raise ValueError(message)
+        return value
 
     @field_validator("audit_sinks")
     @classmethod
@@ -307,6 +330,17 @@ def _url_parts(value: str) -> SplitResult | None:
     if not plain or "@" in parts.netloc or set(value) & set("?#\\") or any(not "!" <= one <= "~" for one in value):
         return None
     return parts
+
+
+def _is_redis_url(value: str) -> bool:
+    """Whether it names one server and a database, nothing else: options of the client are not settings."""
+    try:
+        parts = urlsplit(value)
+        named = parts.scheme in {"redis", "rediss"} and parts.hostname and parts.port != 0
+    except ValueError:
+        return False
+    plain = not set(value) & set("?#\\") and all("!" <= one <= "~" for one in value)
+    return bool(named and plain and re.fullmatch(r"/?[0-9]{0,4}", parts.path))
 
 
 def _is_resolve_entry(entry: str) -> bool:

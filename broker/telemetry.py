@@ -376,6 +376,7 @@ class Metrics:
     flows: Counter
     caller_rows_forged: Counter
     caller_key_end: Gauge
+    rate_store_failures: Counter
     _known: dict[tuple[str, ...], Any] = field(default_factory=dict, repr=False)  # finding a label's child costs 2 µs
 
     def http_request(self, route: str, method: str, status: int, seconds: float) -> None:
@@ -417,6 +418,10 @@ class Metrics:
         """Count a look at a caller's row that no holder of the keyring wrote."""
         self.caller_rows_forged.inc()
 
+    def rate_store_failure(self) -> None:
+        """Count a question about a shared rate that Redis did not answer."""
+        self.rate_store_failures.inc()
+
     def caller_key_ends(self, ends_at: float | None) -> None:
         """Show when the next live caller key ends, seconds since 1970; infinity for never."""
         self.caller_key_end.set(math.inf if ends_at is None else ends_at)
@@ -448,6 +453,7 @@ def new_metrics(registry: CollectorRegistry | None = None) -> Metrics:
         audit_failures=counter("audit_failures", "Audit records and checkpoints that could not be written"),
         flows=counter("flows", "Browser flows by how they ended", ("provider", "outcome")),
         caller_rows_forged=counter("caller_rows_forged", "Looks at a caller's row that the broker did not write"),
+        rate_store_failures=counter("rate_store_failures", "Questions about shared rates that Redis did not answer"),
         caller_key_end=gauge(
             "caller_key_end_timestamp_seconds", "When the next live caller key ends, as the worker saw"
         ),

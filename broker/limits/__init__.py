@@ -1,0 +1,19 @@
+"""How often something may be called: client addresses, shared rates with a fair queue, and breakers for what is down."""
+
+from __future__ import annotations
+
+from broker.limits.addresses import AddressLimiter, client_address, limited_as
+from broker.limits.breakers import BreakerRule, Breakers, BreakerState, Pass
+from broker.limits.rates import Rate, Rates
+
+__all__ = [
+    "AddressLimiter",
+    "BreakerRule",
+    "BreakerState",
+    "Breakers",
+    "Pass",
+    "Rate",
+    "Rates",
+    "client_address",
+    "limited_as",
+]

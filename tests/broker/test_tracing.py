@@ -1,0 +1,226 @@
+"""Tracing: the trace context is passed on strictly, and spans reach a real OTLP collector over a socket."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+from broker.settings import Settings
+from broker.tracing import Tracing, trace_context
+
+PARENT = b"00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+SETTINGS = Settings(env="development")
+
+
+@dataclass
+class Collector:
+    """An OTLP/HTTP collector: what it was sent, decoded; it may be told to fail or to hang."""
+
+    url: str = ""
+    status: int = 200
+    hang: threading.Event = field(default_factory=threading.Event)
+    received: list[tuple[str, ExportTraceServiceRequest]] = field(default_factory=list)
+
+    def spans(self) -> dict[str, Any]:
+        """Return the spans by kind: 2 of a server, 3 of a client."""
+        requests = [one for _, one in self.received]
+        scopes = [scope for one in requests for resource in one.resource_spans for scope in resource.scope_spans]
+        return {f"{span.kind}": span for scope in scopes for span in scope.spans}
+
+
+@pytest.fixture
+def collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[Collector]:
+    """Run a collector on a real socket, and name it in the environment."""
+    found = Collector()
+    found.hang.set()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            if self.headers.get("Content-Encoding") == "gzip":
+                body = gzip.decompress(body)
+            found.hang.wait(30)
+            found.received.append((self.path, ExportTraceServiceRequest.FromString(body)))
+            self.send_response(found.status)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            """Say nothing."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    found.url = f"http://127.0.0.1:{server.server_address[1]}"
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", found.url)
+    yield found
+    found.hang.set()
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def _attributes(span: Any) -> dict[str, Any]:
+    return {one.key: getattr(one.value, one.value.WhichOneof("value")) for one in span.attributes}
+
+
+# --- what comes in is passed on, strictly -----------------------------------------------------------------------------------
+
+
+def test_without_a_collector_a_well_formed_context_goes_on_as_it_came() -> None:
+    tracing = Tracing(SETTINGS, {})
+    headers = [(b"host", b"h"), (b"traceparent", PARENT), (b"tracestate", b"a=1"), (b"tracestate", b"b=2")]
+    span = tracing.server_span(headers, "GET")
+    expected = ((b"traceparent", PARENT), (b"tracestate", b"a=1,b=2"))
+    assert span.traceparent_out() == expected
+    attempt = tracing.client_span(span, 1, "api.test", "GET")
+    attempt.note("x", 1)
+    attempt.end(200)
+    assert attempt.traceparent_out() == expected
+    assert not tracing.exporting
+
+
+@pytest.mark.parametrize(
+    "parents",
+    [
+        [],
+        [PARENT, PARENT],
+        [PARENT.upper()],
+        [PARENT + b"-00"],
+        [b"ff" + PARENT[2:]],
+        [b"01" + PARENT[2:]],
+        [PARENT[:-1]],
+        [b" " + PARENT],
+        [PARENT + b"\n"],
+        [b"00-" + b"0" * 32 + PARENT[35:]],
+        [PARENT[:36] + b"0" * 16 + b"-01"],
+        [b"00-x"],
+        [b""],
+    ],
+)
+def test_a_context_that_is_not_well_formed_is_dropped_with_its_state(parents: list[bytes]) -> None:
+    headers = [*((b"traceparent", one) for one in parents), (b"tracestate", b"a=1")]
+    assert Tracing(SETTINGS, {}).server_span(headers).traceparent_out() == ()
+
+
+@pytest.mark.parametrize("state", [b"", b"a=\r\nX: 1", b"a=\xff", b"a=" + b"1" * 511])
+def test_a_state_that_is_not_well_formed_is_dropped_alone(state: bytes) -> None:
+    headers = [(b"traceparent", PARENT), (b"tracestate", state)]
+    assert Tracing(SETTINGS, {}).server_span(headers).traceparent_out() == ((b"traceparent", PARENT),)
+
+
+@settings(deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from([b"traceparent", b"tracestate"]), st.one_of(st.binary(max_size=60), st.just(PARENT)))
+    )
+)
+def test_whatever_comes_in_what_goes_on_can_stand_in_a_header(headers: list[tuple[bytes, bytes]]) -> None:
+    context = trace_context(headers)
+    for name, value in context.fields() if context is not None else ():
+        assert name in {b"traceparent", b"tracestate"}
+        assert all(byte == 9 or 32 <= byte < 127 for byte in value)
+
+
+# --- spans at a collector ---------------------------------------------------------------------------------------------------
+
+
+async def test_spans_from_the_caller_over_the_broker_to_the_upstream_reach_the_collector(collector: Collector) -> None:
+    tracing = Tracing(SETTINGS)
+    server = tracing.server_span([(b"traceparent", PARENT), (b"tracestate", b"vendor=x")], "POST")
+    server.note("broker.integration", "shop")
+    client = tracing.client_span(server, 2, "api.shop.test:8443", "POST")
+    [(_, parent_out), state_out] = client.traceparent_out()
+    client.end(503)
+    server.end(502, error="provider_unavailable")
+    server.end(200)
+    await tracing.aclose()
+    assert [path for path, _ in collector.received] == ["/v1/traces"]
+    spans = collector.spans()
+    of_server, of_client = spans["2"], spans["3"]
+    assert of_server.trace_id == of_client.trace_id == bytes.fromhex(PARENT[3:35].decode())
+    assert of_server.parent_span_id == bytes.fromhex(PARENT[36:52].decode())
+    assert of_client.parent_span_id == of_server.span_id
+    assert parent_out == b"00-%s-%s-01" % (PARENT[3:35], of_client.span_id.hex().encode())
+    assert state_out == (b"tracestate", b"vendor=x")
+    assert _attributes(of_server) == {
+        "http.request.method": "POST",
+        "http.route": "/proxy/{connection}",
+        "broker.integration": "shop",
+        "http.response.status_code": 502,
+        "error.type": "provider_unavailable",
+    }
+    assert _attributes(of_client) == {
+        "http.request.method": "POST",
+        "server.address": "api.shop.test",
+        "server.port": 8443,
+        "http.request.resend_count": 1,
+        "http.response.status_code": 503,
+        "error.type": "503",
+    }
+    assert (of_server.name, of_client.name) == ("POST /proxy/{connection}", "POST")
+    assert of_server.status.code == of_client.status.code == 2
+    about = _attributes(collector.received[0][1].resource_spans[0].resource)
+    assert (about["service.name"], about["deployment.environment.name"]) == ("broker", "development")
+
+
+async def test_a_call_without_a_context_begins_a_trace_and_an_unsampled_one_stays_so(collector: Collector) -> None:
+    tracing = Tracing(SETTINGS)
+    begun = tracing.server_span([], "BREW")
+    begun.end(404)
+    unsampled = tracing.server_span([(b"traceparent", PARENT[:-1] + b"0")], "GET")
+    [(_, parent_out)] = tracing.client_span(unsampled, 1, "[::1]:80", "GET").traceparent_out()
+    unsampled.end(200)
+    await tracing.aclose()
+    assert parent_out.startswith(PARENT[:36])
+    assert parent_out.endswith(b"-00")
+    spans = [span for _, one in collector.received for span in one.resource_spans[0].scope_spans[0].spans]
+    assert [(span.name, span.parent_span_id, span.status.code) for span in spans] == [
+        ("HTTP /proxy/{connection}", b"", 0)
+    ]
+    assert _attributes(spans[0])["http.request.method"] == "_OTHER"
+
+
+async def test_a_service_may_have_a_name_of_its_own(collector: Collector, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_SERVICE_NAME", "gate")
+    tracing = Tracing(SETTINGS)
+    tracing.server_span([], "GET").end(200)
+    await tracing.aclose()
+    about = _attributes(collector.received[0][1].resource_spans[0].resource)
+    assert about["service.name"] == "gate"
+
+
+@pytest.mark.parametrize("trouble", ["hangs", "fails", "is gone"])
+async def test_a_collector_in_trouble_disturbs_no_request_and_not_the_end(
+    collector: Collector, monkeypatch: pytest.MonkeyPatch, trouble: str
+) -> None:
+    if trouble == "hangs":
+        collector.hang.clear()
+    elif trouble == "fails":
+        collector.status = 500
+    else:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")
+    tracing, began = Tracing(SETTINGS), time.monotonic()
+    for _ in range(1000):
+        span = tracing.server_span([], "GET")
+        tracing.client_span(span, 1, "api.test", "GET").end(200)
+        span.end(200)
+    assert time.monotonic() - began < 2
+    await asyncio.wait_for(tracing.aclose(), 8)
+
+
+def test_a_switched_off_sdk_only_passes_on() -> None:
+    off = {"OTEL_SDK_DISABLED": "true", "OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1"}
+    assert not Tracing(SETTINGS, off).exporting
