@@ -216,6 +216,13 @@ _NOT_SENT_BECAUSE: Final[Mapping[Stage, str]] = {
 }
 
 
+def not_sent(stage: Stage, *, untrusted: bool = False) -> NotSent:
+    """Say in our words how far the way out went; ``untrusted``: it ended at the certificate. Pure."""
+    if untrusted:
+        return NotSent("The provider's certificate is not trusted or is for another name")
+    return NotSent(_NOT_SENT_BECAUSE[stage])
+
+
 class Dial(httpcore2.AsyncNetworkBackend):
     """One connection attempt: resolves once, dials a checked address, and knows how far the request got.
 
@@ -256,9 +263,7 @@ class Dial(httpcore2.AsyncNetworkBackend):
         if self.stage == "sent":
             said = "The provider did not answer in time" if timed_out else "The provider's answer did not come complete"
             return OutcomeUnknown(said, timed_out=timed_out)
-        if isinstance(error.__cause__, ssl.SSLCertVerificationError):
-            return NotSent("The provider's certificate is not trusted or is for another name")
-        return NotSent(_NOT_SENT_BECAUSE[self.stage])
+        return not_sent(self.stage, untrusted=isinstance(error.__cause__, ssl.SSLCertVerificationError))
 
 
 async def _connect_first(addresses: Sequence[Address], port: int) -> httpcore2.AsyncNetworkStream:
