@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import gc
 import random
 import re
@@ -11,7 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from types import FrameType
 from typing import Any
 
@@ -26,6 +27,7 @@ from litestar.openapi.plugins import JsonRenderPlugin
 from litestar.openapi.spec import Components, SecurityScheme
 from litestar.types import ASGIApp, Message, Receive, Scope, Send
 
+import broker.api.activity
 import broker.api.audit
 import broker.api.callers
 import broker.api.connections
@@ -41,6 +43,7 @@ import broker.callers.routes
 import broker.oauth.routes
 import broker.web.routes
 from broker import __version__
+from broker.activity import sweep as sweep_activity
 from broker.api.lean import ExpressLane
 from broker.api.requests import (
     MAX_BODY_BYTES,
@@ -72,13 +75,16 @@ from broker.errors import (
     NotFound,
     PayloadTooLarge,
     UnsupportedMediaType,
+    problem_of,
 )
 from broker.health import cached_readiness
 from broker.integrations import Integrations
 from broker.limits import AddressLimiter
+from broker.listening import COUNT_REFUSED
 from broker.oauth.confirm import Confirmations
 from broker.oauth.device import DeviceFlows
 from broker.oauth.flow import Flows, Outcome
+from broker.proxy.opening import ProxyParts, open_proxy
 from broker.refresh import CONFIRM_SECONDS
 from broker.replicas import Replicas
 from broker.revocations import Revocations
@@ -99,6 +105,7 @@ from providers import load_catalog
 from providers.spec import Secret
 
 GARBAGE_THRESHOLD = 20_000
+NAMES_ITSELF = "broker_names_itself"  # in a request's state: the answer has its request id already
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{8,128}")
 DAY_SECONDS = 86_400.0
 # How long at most what a root key made is good; None: for ever, so that key is never retired.
@@ -136,6 +143,7 @@ class Parts:
     rotations: Rotations
     canaries: Canaries
     revocations: Revocations
+    proxy: ProxyParts | None = None  # where this process serves it
 
 
 @contextlib.asynccontextmanager
@@ -175,6 +183,10 @@ async def open_parts(settings: Settings, *, confirm_seconds: float = CONFIRM_SEC
         if settings.admin_key is not None:
             await callers.callers.ensure_admin(Secret(settings.admin_key.reveal()))
         await parts.integrations.create_from_settings()
+        if "private" in settings.routes:
+            of_proxy = (settings, database, callers.callers, parts.integrations, parts.credentials, audit, counters)
+            proxy = await stack.enter_async_context(open_proxy(*of_proxy))
+            parts = replace(parts, proxy=proxy)
         yield parts
 
 
@@ -272,6 +284,7 @@ def create_app(parts: Parts) -> ASGIApp:
         dependencies={
             **{name: Provide(_giver(getattr(parts, name))) for name in _NAMES},
             "done_page": Provide(_giver(_done_page(parts.pages))),
+            "activity": Provide(_giver(parts.proxy.activity if parts.proxy is not None else None)),
         },
         exception_handlers={
             BrokerError: _answer_error,
@@ -283,7 +296,9 @@ def create_app(parts: Parts) -> ASGIApp:
         logging_config=None,
         request_max_body_size=MAX_BODY_BYTES,
     )
-    return Edge(ExpressLane(app, parts.callers), parts.metrics)
+    served: Any = ExpressLane(app, parts.callers)
+    served = served if parts.proxy is None else parts.proxy.before(served)
+    return Edge(served, parts.metrics)
 
 
 _NAMES = (
@@ -305,6 +320,7 @@ def _private_routes(parts: Parts) -> Router:
         broker.api.connections,
         broker.api.device_flows,
         broker.api.integrations,
+        broker.api.activity,
         broker.api.providers,
         broker.api.callers,
         broker.api.audit,
@@ -374,20 +390,10 @@ async def metrics(state: State) -> Response[bytes]:
 
 def problem(error: BrokerError, request_id: str) -> Response[dict[str, Any]]:
     """Return an RFC 9457 problem document."""
-    code = error.flow_code if isinstance(error, FlowError) else error.code
-    body: dict[str, Any] = {
-        "type": f"urn:broker:error:{code}",
-        "title": error.title if not isinstance(error, FlowError) else "The flow cannot go on",
-        "status": error.status,
-        "detail": error.detail,
-        "code": code,
-        "request_id": request_id,
-        **error.members,
-    }
-    if error.errors:
-        body["errors"] = [asdict(item) for item in error.errors]
     headers = {"Cache-Control": "no-store", **error.headers}
-    return Response(body, status_code=error.status, media_type="application/problem+json", headers=headers)
+    return Response(
+        problem_of(error, request_id), status_code=error.status, media_type="application/problem+json", headers=headers
+    )
 
 
 def _answer_error(request: Request[Any, Any, Any], error: BrokerError) -> Response[Any]:
@@ -471,6 +477,7 @@ class Edge:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+            if message["type"] == "http.response.start" and NAMES_ITSELF not in scope["state"]:
                 message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
             await send(message)
 
@@ -512,14 +519,15 @@ class Served:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve a request, or run the life of the process for the ``lifespan`` scope."""
         if scope["type"] == "lifespan":  # type: ignore[comparison-overlap] # the framework's type leaves it out
-            await self._live(receive, send)
+            await self._live(scope, receive, send)
         elif self._app is not None:
             await self._app(scope, receive, send)
 
-    async def _live(self, receive: Any, send: Any) -> None:  # noqa: ANN401 - the framework's types leave lifespan out
+    async def _live(self, scope: Any, receive: Any, send: Any) -> None:  # noqa: ANN401 - the types leave lifespan out
         await receive()
         try:
-            await self._open()
+            metrics = (await self._open()).metrics
+            scope.get("state", {})[COUNT_REFUSED] = lambda status: metrics.http_request("refused", "", status, 0)
         except (SettingsError, BrokerError) as error:
             log.critical("start.failed", why=str(error))
             await send({"type": "lifespan.startup.failed", "message": str(error)})
@@ -529,7 +537,7 @@ class Served:
         await self._stack.aclose()
         await send({"type": "lifespan.shutdown.complete"})
 
-    async def _open(self) -> None:
+    async def _open(self) -> Parts:
         parts = await self._stack.enter_async_context(open_parts(self._settings))
         await self._stack.enter_async_context(parts.replicas.beating("serve"))
         if self._with_worker:
@@ -540,6 +548,7 @@ class Served:
         gc.freeze()  # a full collection costs 50 ms here; what start-up made lives as long as the process
         # 64 requests under way are more objects than the 700 after which it looks for cycles otherwise, always in vain.
         gc.set_threshold(GARBAGE_THRESHOLD)
+        return parts
 
 
 def _on_signal(act: Callable[[], None]) -> None:
@@ -576,6 +585,7 @@ def new_worker(parts: Parts) -> Worker:
         (1.0, parts.revocations.advance),
         (60.0, parts.caller_upkeep.warn),
         (60.0, parts.caller_upkeep.undo_put_back),
+        (60.0, functools.partial(sweep_activity, parts.database)),
     )
     return Worker(
         parts.database, parts.credentials, parts.confirmations, parts.device_flows, refreshing, parts.audit, more

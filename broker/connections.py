@@ -43,6 +43,7 @@ from broker.imports import (
     account_fields,
     check_import,
     check_variables,
+    given_variables,
     known_of,
     require_mintable,
     require_power,
@@ -317,8 +318,8 @@ class Connections:
     async def _checked(self, wanted: Import, principal: Principal) -> tuple[Configured, Imported]:
         """Return the integration as this import needs it, and the import; raise all that stands against it."""
         plain = await self._integrations.configured(wanted.integration)
-        check_variables(plain.provider, plain.row.config, wanted.variables)
         checked = check_import(wanted.credentials, plain.provider.credential_types, plain.provider.minting)
+        check_variables(plain.provider, plain.row.config, given_variables(wanted, checked))
         require_power(principal, wanted, checked, plain.config)
         known = known_of(wanted, checked, plain.provider)
         configured = await self._integrations.configured(wanted.integration, variables=known) if known else plain

@@ -48,6 +48,7 @@ BUSY_TIMEOUT_SECONDS = 5.0  # for a lock, a free connection, a server that answe
 STATEMENT_TIMEOUT_SECONDS = 15.0
 MIGRATION_TIMEOUT_SECONDS = 300.0
 LOOP_BUSY_TIMEOUT_SECONDS = 0.1  # SQLite reads run on the event loop: WAL readers wait for nobody but a recovery
+QUIET_TURNS = 3
 CACHE_KIB = 16_384
 CHECKPOINT_PAGES = 8_000  # 32 MB of write-ahead log
 SINGLE_CONNECTIONS = 2
@@ -626,9 +627,13 @@ class _Group(Generic[Place, Item, Result]):
                 done.cancel()
 
     async def _gather(self) -> None:
-        """Wait for as long as each turn of the loop brings more: a group costs as much as ten to twenty items."""
-        known = 0
-        while known < len(self._waiting) < self._largest:
+        """Wait until turns of the loop bring nothing more: a group costs as much as ten to twenty items.
+
+        Several turns, for those who will ask come in two kinds of them, with a request and with an upstream's answer.
+        """
+        known = quiet = 0
+        while quiet < QUIET_TURNS and len(self._waiting) < self._largest:
+            quiet = quiet + 1 if len(self._waiting) == known else 0
             known = len(self._waiting)
             await asyncio.sleep(0)
 

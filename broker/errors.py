@@ -20,8 +20,8 @@ Foreign exceptions are translated into one of these where they enter; ``app`` al
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,6 +302,24 @@ FLOW_CODES: Mapping[str, str] = {
     "return_to_invalid": "The address to return to is not on the list.",
     "rate_limited": "Too many attempts. Please wait a moment.",
 }
+
+
+def problem_of(error: BrokerError, request_id: str) -> dict[str, Any]:
+    """Return an error as the members of an RFC 9457 problem document."""
+    flow = isinstance(error, FlowError)
+    code = error.flow_code if isinstance(error, FlowError) else error.code
+    body: dict[str, Any] = {
+        "type": f"urn:broker:error:{code}",
+        "title": "The flow cannot go on" if flow else error.title,
+        "status": error.status,
+        "detail": error.detail,
+        "code": code,
+        "request_id": request_id,
+        **error.members,
+    }
+    if error.errors:
+        body["errors"] = [asdict(item) for item in error.errors]
+    return body
 
 
 def all_codes() -> frozenset[str]:

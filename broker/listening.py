@@ -1,9 +1,12 @@
-"""How requests come in: uvicorn's HTTP protocol, with limits on the size of a request's head and its time, made cheaper."""
+"""How requests come in: uvicorn's HTTP protocol, with limits on a request's head and its time, stricter, and made cheaper."""
 
 from __future__ import annotations
 
 import asyncio
-from typing import Any, Final
+import json
+import random
+import re
+from typing import Any, Final, NoReturn
 
 from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import (
@@ -15,9 +18,20 @@ from uvicorn.protocols.http.httptools_impl import (
 )
 from uvicorn.server import ServerState
 
+from broker.errors import BrokerError, InvalidRequest, UpgradeUnsupported
+
 MAX_HEAD_BYTES: Final = 64 * 1024
 HEAD_SECONDS: Final = 20.0
+TOO_LARGE: Final = "The request's head is too large."
+NO_HOST: Final = "The request must have one Host field, of a host name and perhaps a port."
+UNSPOKEN_METHODS: Final = frozenset({b"CONNECT", b"TRACE"})
+WATCHED: Final = frozenset({b"host", b"content-length", b"transfer-encoding", b"expect"})
+AUTHORITY: Final = re.compile(rb"(?:[A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(?::[0-9]{1,5})?")
+COUNT_REFUSED: Final = "count_refused"  # in the lifespan's state: called for each request that is refused here
 UNUSUAL: Final = frozenset({b"connection", b"transfer-encoding"})
+RAW_TARGET: Final = "broker.raw_target"  # in the scope: the request target, byte for byte
+CUT: Final = "broker.cut"  # a message type: end the connection amid an answer, so that it cannot pass as whole
+BARE: Final = "broker.bare"  # in the start of an answer: it brings its own Date
 
 
 class WholeAnswers(RequestResponseCycle):
@@ -32,6 +46,11 @@ class WholeAnswers(RequestResponseCycle):
         """Take the next message of the application."""
         if message["type"] == "http.response.start" and not self.response_started:
             self._start = message
+            if message.get(BARE):
+                self.default_headers = []
+            return
+        if message["type"] == CUT:
+            self._cut()
             return
         start, self._start = self._start, None
         if start is None:
@@ -47,6 +66,10 @@ class WholeAnswers(RequestResponseCycle):
         self.transport.write(answer)
         self.message_event.set()
         self.on_response()
+
+    def _cut(self) -> None:
+        self.disconnected = self.response_started = self.response_complete = True
+        self.transport.abort()
 
     def _whole(self, start: Any, body: bytes) -> bytes | None:  # noqa: ANN401
         """Return the whole answer, None for one that is not quite ordinary."""
@@ -68,9 +91,15 @@ class WholeAnswers(RequestResponseCycle):
 
 
 class BoundedHttp(HttpToolsProtocol):
-    """Closes a connection whose request line and fields, trailers too, are over 64 KiB or take more than 20 s.
+    """Refuses requests that could mean two things, and those whose head is over 64 KiB or takes more than 20 s.
 
     The parser keeps whatever comes, and copies it at each read. Framing between chunks of a body counts like a head.
+
+    It refuses two lengths by itself, but not: a target that is no path, TRACE and CONNECT, none or two or an odd ``Host``,
+    another transfer coding than ``chunked`` (RFC 9112 6.1), versions that nobody speaks. It drops the body of a request that
+    asks for an upgrade, which would be read as the next request, so that is refused where there is a body, and is the last
+    of its connection where there is none. Trailers (RFC 9110 6.5) are dropped. The target is in the scope as it came
+    (``RAW_TARGET``): bytes that begin with a slash and hold no ``#``.
     """
 
     head_seconds: float = HEAD_SECONDS
@@ -90,6 +119,9 @@ class BoundedHttp(HttpToolsProtocol):
         self._idle_bytes = 0  # since the parser last got anywhere
         self._advanced = False
         self._head_timer: asyncio.TimerHandle | None = None
+        self._has_host = self._has_body = False
+        self._last = False  # nothing may follow this request
+        self._refusal: BrokerError | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as in uvicorn
         """Start the clock of the first head: a connection that says nothing is closed too."""
@@ -106,34 +138,62 @@ class BoundedHttp(HttpToolsProtocol):
 
         The clock of a head starts when it does not come whole in one piece, as nearly all do.
         """
+        if self._last:
+            return  # it may be meant for a protocol that was not agreed on
         self._advanced = self._ended = False
         super().data_received(data)
         if self._in_head and not self._ended and self._head_timer is None:
             self._start_clock()
         self._idle_bytes = 0 if self._advanced else self._idle_bytes + len(data)
         if self._idle_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
-            self.send_400_response("The request's head is too large.")
+            self.send_400_response(TOO_LARGE)
 
     def on_message_begin(self) -> None:
         """Begin to count."""
         super().on_message_begin()
         self._field_bytes, self._ended = 0, False
+        self._has_host = self._has_body = False
 
     def on_url(self, url: bytes) -> None:
         """Count the target, which may come in pieces."""
-        self._count(len(url))
+        self._field_bytes += len(url)
+        if self._field_bytes > MAX_HEAD_BYTES:
+            self._refuse(TOO_LARGE)
         super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Count a field, of the head or a trailer."""
-        self._count(len(name) + len(value) + 4)
-        super().on_header(name, value)
+        """Count a field, of the head or a trailer, and keep those of the head: uvicorn's way would add a trailer to them."""
+        self._field_bytes += len(name) + len(value) + 4
+        if self._field_bytes > MAX_HEAD_BYTES:
+            self._refuse(TOO_LARGE)
+        if not self._in_head:
+            return
+        name = name.lower()
+        if name in WATCHED:
+            self._watch(name, value.strip(b" \t"))
+        self.headers.append((name, value))
+
+    def _watch(self, name: bytes, value: bytes) -> None:
+        if name == b"host":
+            if self._has_host or AUTHORITY.fullmatch(value) is None:
+                self._refuse(NO_HOST)
+            self._has_host = True
+        elif name == b"expect":
+            self.expect_100_continue = self.expect_100_continue or value.lower() == b"100-continue"
+        else:
+            self._has_body = value != b"0"
+            if name == b"transfer-encoding" and value.lower() != b"chunked":
+                self._refuse("The request has a transfer coding other than chunked.")
 
     def on_headers_complete(self) -> None:
         """Stop the clock: the head is whole."""
+        self._check_head()
         self._in_head, self._advanced = False, True
         self._stop_clock()
         super().on_headers_complete()
+        if self._last:
+            self.cycle.keep_alive = False
+        self.scope[RAW_TARGET] = self.url  # type: ignore[typeddict-unknown-key] # ours, beside the framework's
         if type(self.cycle) is RequestResponseCycle:  # made just now; its task has not begun
             self.cycle.__class__ = WholeAnswers
 
@@ -147,10 +207,51 @@ class BoundedHttp(HttpToolsProtocol):
         self._in_head = self._advanced = self._ended = True
         super().on_message_complete()
 
-    def _count(self, count: int) -> None:
-        self._field_bytes += count
-        if self._field_bytes > MAX_HEAD_BYTES:
-            raise ValueError("the request's head is too large")  # the parser stops, and uvicorn answers 400
+    def _check_head(self) -> None:
+        """Refuse a head that is well-formed by itself but not for us; the parser stops then, and the body is not read."""
+        if self.url[:1] != b"/" or b"#" in self.url:
+            self._refuse("The request's target must be a path, with or without a query.")
+        if not self._has_host:
+            self._refuse(NO_HOST)
+        parser = self.parser
+        if parser.get_method() in UNSPOKEN_METHODS:
+            self._refuse("TRACE and CONNECT are not spoken here.")
+        if (version := parser.get_http_version()) != "1.1":
+            self._check_version(version)
+        if parser.should_upgrade():
+            self._last = True
+            if self._has_body:
+                self._refusal = UpgradeUnsupported("A request with a body may not ask for an upgrade.")
+                raise ValueError(self._refusal.detail)
+
+    def _check_version(self, version: str) -> None:
+        if version != "1.0":
+            self._refuse("This version of HTTP is not spoken here.")
+        if any(name == b"transfer-encoding" for name, _ in self.headers):
+            self._refuse("HTTP/1.0 has no transfer codings.")
+
+    def _refuse(self, why: str) -> NoReturn:
+        self._refusal = InvalidRequest(why)
+        raise ValueError(why)  # the parser stops, and ``data_received`` asks for a 400
+
+    def _should_upgrade(self) -> bool:
+        return False
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """Say nothing: it is answered as a request that asked for no upgrade, or with 501."""
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer with what was wrong, and close; a request that is being answered would be given this as its answer.
+
+        There the connection is closed alone, and so it is in the middle of an answer.
+        """
+        refusal, self._refusal = self._refusal or InvalidRequest(msg), None
+        self.app_state.get(COUNT_REFUSED, _ignore)(refusal.status)
+        idle = self.cycle is None or self.cycle.response_complete
+        own_body = not self._in_head and not self.pipeline and not idle and not self.cycle.response_started
+        if idle or own_body:
+            self.transport.write(_problem(refusal))
+        self.transport.close()
 
     def _start_clock(self) -> None:
         self._head_timer = self.loop.call_later(self.head_seconds, self._head_is_late)
@@ -166,3 +267,25 @@ class BoundedHttp(HttpToolsProtocol):
             self._start_clock()  # an earlier request of this connection is still being answered
         else:
             self.transport.close()
+
+
+def _ignore(_: int) -> None:
+    """Count nothing: the application gave nothing to count with."""
+
+
+def _problem(error: BrokerError) -> bytes:
+    """Return a whole answer, as ``app.problem`` would make it."""
+    request_id = f"req_{random.getrandbits(104):026x}"  # no secret
+    document = {"type": f"urn:broker:error:{error.code}", "title": error.title, "status": error.status}
+    document |= {"detail": error.detail, "code": error.code, "request_id": request_id}
+    body = json.dumps(document).encode()
+    fields = (
+        ("content-type", "application/problem+json"),
+        ("content-length", str(len(body))),
+        ("cache-control", "no-store"),
+        ("x-request-id", request_id),
+        ("x-broker-error", error.code),
+        ("connection", "close"),
+    )
+    head = "".join(f"{name}: {value}\r\n" for name, value in fields)
+    return STATUS_LINE[error.status] + head.encode() + b"\r\n" + body

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Final, Literal, cast, get_args
 from urllib.parse import unquote_to_bytes
 
@@ -171,9 +172,9 @@ def path_matches(pattern: str, raw_path: bytes) -> bool:
     ``*`` is one segment that is not empty, ``**`` all that follows a slash. A path that could mean another one to the
     server behind it (dot segments, backslashes, control or broken characters, in up to three decodings) fits nothing.
     """
-    if not _means_itself(raw_path):
+    if not means_itself(raw_path):
         return False
-    wanted = pattern.encode().removeprefix(b"/").split(b"/")
+    wanted = _segments(pattern)
     given = raw_path.removeprefix(b"/").split(b"/")
     if wanted[-1] == b"**":
         wanted = wanted[:-1]
@@ -183,6 +184,11 @@ def path_matches(pattern: str, raw_path: bytes) -> bool:
     if len(given) != len(wanted):
         return False
     return all(want == have or (want == b"*" and have != b"") for want, have in zip(wanted, given, strict=True))
+
+
+@lru_cache(maxsize=1024)
+def _segments(pattern: str) -> Sequence[bytes]:
+    return pattern.encode().removeprefix(b"/").split(b"/")
 
 
 def _granting(principal: Principal, action: May, target: Target) -> Iterable[Grant]:
@@ -220,17 +226,29 @@ def _call_denial(grant: Grant, method: str, host: str, raw_path: bytes) -> Denia
 _RAW_PATH = re.compile(rb"(?:/(?:[^\x00-\x20\x7f-\xff%?#\\/]|%[0-9A-Fa-f]{2})*)*")
 
 
-def _means_itself(raw_path: bytes) -> bool:
+# a path of these alone, none of whose segments begins with a dot, needs no decoding: nearly every one
+_PLAIN = bytes(range(0x21, 0x7F)).translate(None, rb"%?#\;")
+
+
+def means_itself(raw_path: bytes) -> bool:
+    """Return whether no server behind us could take this raw path, without its query, for another one.
+
+    Dot segments, backslashes, control characters, broken escapes and what is not UTF-8, in up to three decodings.
+    """
+    if raw_path[:1] == b"/" and b"/." not in raw_path and not raw_path.translate(None, _PLAIN):
+        return True
     if _RAW_PATH.fullmatch(raw_path) is None:
         return False
     decoded = raw_path
     for _ in range(3):
-        decoded = unquote_to_bytes(decoded)
+        before, decoded = decoded, unquote_to_bytes(decoded)
         if b"\\" in decoded or re.search(rb"[\x00-\x1f\x7f]", decoded) or not _is_utf8(decoded):
             return False
         # some servers drop the ";parameters" of a segment before they resolve its dots
         if any(segment.partition(b";")[0] in {b".", b".."} for segment in decoded.split(b"/")):
             return False
+        if decoded == before:
+            break
     return True
 
 
@@ -358,7 +376,7 @@ def _segment_problem(segment: str) -> str | None:
     encoded = re.findall("%([0-9A-Fa-f]{2})", segment)
     if any(re.fullmatch(r"[A-Za-z0-9\-._~%]", chr(int(code, 16))) for code in encoded):
         return "must not percent-encode what needs none, nor a percent sign"
-    if not _means_itself(b"/" + segment.encode()):
+    if not means_itself(b"/" + segment.encode()):
         return "must have no dot segments, backslashes or control characters, and be UTF-8"
     return None
 

@@ -48,6 +48,8 @@ REVEALS: dict[str, str] = {
     "broker.oauth.identity": "reads an ID token",
     "broker.oauth.outcome": "the confirm code in the redirect and in the outcome to be sealed",
     "broker.oauth.routes": "sets the cookies of a flow and of a session",
+    "broker.proxy.forward": "what an answer must not echo",
+    "broker.proxy.opening": "hands the address of Redis to the limits",
     "broker.sessions": "digests of a session's token and cookie",
     "broker.settings": "defines the settings' own kind of secret",
     "broker.token_endpoint": "builds requests to a token endpoint",
@@ -62,7 +64,6 @@ OPENERS = ("reveal", "get_secret_value")
 USED_UNSEEN = {
     "asyncpg": "SQLAlchemy's driver, named by the database URL",
     "greenlet": "SQLAlchemy's asyncio bridge",
-    "httptools": "uvicorn's parser, the strictest there is, named by an option",
 }
 
 # Words that are a provider's name and something else too: (module, word) -> what it means there.
@@ -70,6 +71,8 @@ NOT_A_PROVIDER: dict[tuple[str, str], str] = {
     ("broker.integrations.config", "linear"): "a kind of backoff",
     ("broker.integrations.config", "x"): "a letter that stands for a variable",
     ("broker.callers.signatures", "x"): "a member of a public key (RFC 7518 6.2)",
+    ("broker.refresh", "resend"): "to send again",
+    ("broker.tracing.exporting", "resend"): "to send again",
     ("broker.oauth.identity", "x"): "a member of a public key (RFC 7518 6.2)",
 }
 

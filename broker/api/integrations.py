@@ -1,4 +1,4 @@
-"""``/v1/integrations``: configured providers, their client secrets, their test, figures and log, export and import."""
+"""``/v1/integrations``: configured providers, their client secrets, their test, export and import."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from broker import policy
 from broker.api.requests import PLAIN, AnyRequest, checked_limit, page, position_of, problems, short_page
 from broker.connections import Connections
 from broker.egress import Egress
-from broker.errors import FieldError, InvalidRequest
+from broker.errors import InvalidRequest
 from broker.integrations import Draft, Integrations, View, default_scopes
 from broker.integrations.config import IntegrationConfig
 from broker.integrations.portable import export_document, import_document
@@ -24,8 +24,6 @@ from providers.spec import Provider, Secret
 
 Text = Annotated[str, msgspec.Meta(max_length=2048, pattern=PLAIN)]
 SecretText = Annotated[str, msgspec.Meta(min_length=1, max_length=16_384)]
-LEVELS = ("info", "warning", "error")
-WINDOWS = {"1h": 3600.0, "24h": 86_400.0, "7d": 7 * 86_400.0}
 READERS: tuple[Role, ...] = ("operator", "auditor", "security")
 
 
@@ -186,42 +184,6 @@ async def run_test(
     return {"ok": all(check["ok"] for check in checks), "checks": checks}
 
 
-@get("/integrations/{name:str}/metrics", responses=problems(403, 404))
-async def show_metrics(
-    name: FromPath[str],
-    principal: NamedDependency[Principal],
-    integrations: NamedDependency[Integrations],
-    window: FromQuery[str] = "24h",
-) -> dict[str, Any]:
-    """Show totals over all replicas: ``window`` is 1h, 24h or 7d."""
-    policy.require_role(principal, *READERS)
-    if window not in WINDOWS:
-        raise InvalidRequest(errors=[FieldError("?window", "must be 1h, 24h or 7d")])
-    found = await integrations.metrics(name, window_seconds=WINDOWS[window])
-    return {**found, "window": window, "last_activity_at": rfc3339(found["last_activity_at"])}
-
-
-@get("/integrations/{name:str}/logs", responses=problems(403, 404))
-async def show_logs(
-    name: FromPath[str],
-    principal: NamedDependency[Principal],
-    integrations: NamedDependency[Integrations],
-    level: FromQuery[str | None] = None,
-    text: FromQuery[str | None] = None,
-    limit: FromQuery[int] = 50,
-    cursor: FromQuery[str | None] = None,
-) -> dict[str, Any]:
-    """Show recent lines, newest first, by level and by a part of their text."""
-    policy.require_role(principal, *READERS)
-    if level is not None and level not in LEVELS:
-        raise InvalidRequest(errors=[FieldError("?level", f"must be one of {', '.join(LEVELS)}")])
-    position = position_of(cursor)
-    before_id = int(position[0]) if position is not None else None
-    lines = await integrations.logs(name, limit=checked_limit(limit) + 1, level=level, text=text, before_id=before_id)
-    shown = [{"at": rfc3339(line.at), "level": line.level, "action": line.action, "text": line.text} for line in lines]
-    return page(shown[:limit], (float(lines[limit - 1].id or 0), "line") if len(lines) > limit else None)
-
-
 @post("/integrations/{name:str}/rebind", status_code=200, responses=problems(403, 404, 409, 502, 504))
 async def rebind(
     name: FromPath[str], principal: NamedDependency[Principal], integrations: NamedDependency[Integrations]
@@ -330,8 +292,6 @@ def routes() -> Router:
         change_integration,
         delete_integration,
         run_test,
-        show_metrics,
-        show_logs,
         rebind,
         list_secrets,
         add_secret,

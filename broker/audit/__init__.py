@@ -43,6 +43,7 @@ from broker.audit.export import ExportVerification, check_export, export_lines
 from broker.audit.head import FORGED
 from broker.audit.places import CheckpointPlace, checkpoint_places
 from broker.audit.records import (
+    CALLED,
     HANDED_OUT,
     KnownHead,
     erase,
@@ -373,13 +374,13 @@ class Audit:
 
         ``before_number`` continues a list below that number. Raises ``DatabaseUnavailable``.
 
-        Other actions than hand-outs have an index. Else records are walked from the newest on, a million a second: an index
-        on a column of hand-outs would be paid for by each of them. Others are served between two stretches of the walk.
+        Other actions than hand-outs and calls have an index. Else records are walked from the newest on, a million a second:
+        an index on a column of theirs would be paid for by each of them. Others are served between two stretches of the walk.
         """
         equal = {"actor": actor, "action": action, "connection_id": connection_id}
         equal |= {"subject": subject, "integration": integration}
         query = newest(equal, since=since, until=until)
-        size = STRETCH if action in {None, HANDED_OUT} else None
+        size = STRETCH if action in {None, HANDED_OUT, CALLED} else None
         found: list[AuditRecord] = []
         before = before_number
         while True:

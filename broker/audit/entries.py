@@ -43,7 +43,7 @@ class Entry:
         for text in (self.connection_id, self.integration, self.subject):
             if text is not None:
                 _plain_text(text)
-        if not isinstance(self.detail, Mapping):
+        if not isinstance(self.detail, dict | Mapping):
             raise ValueError("an audit detail is a map")  # noqa: TRY004 - one kind of refusal for one kind of mistake
         object.__setattr__(self, "detail", _plain(self.detail, DEEPEST_DETAIL))
 
@@ -56,7 +56,9 @@ def _plain(value: object, depth: int) -> Any:  # noqa: ANN401 - JSON is any shap
         return value
     if isinstance(value, str):
         return _plain_text(value)
-    if isinstance(value, Mapping):
+    if isinstance(value, int):
+        return _plain_number(value)
+    if isinstance(value, dict | Mapping):  # a dict is found at once, any other map takes a search
         return {_plain_text(key): _plain(item, depth - 1) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item, depth - 1) for item in value]

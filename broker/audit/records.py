@@ -20,11 +20,12 @@ from broker.models import AuditRecord, new_ordered_ids
 
 BATCH = 1_000
 SQLITE_ROWS = 32  # in a statement
-HANDED_OUT = "connection.token"  # the action of most records
+HANDED_OUT, CALLED = "connection.token", "connection.proxy"  # the actions of nearly all records
 
 RECORDS = cast("sa.Table", AuditRecord.__table__)  # type: ignore[attr-defined]
 _FIRST_AND_LAST = sa.select(sa.func.min(RECORDS.c.number), sa.func.max(RECORDS.c.number))
-_IS_RARE = sa.text("action <> 'connection.token'")  # as the index on actions says it: then it is used
+# as the index on actions says it: then it is used
+_IS_RARE = sa.text("action <> 'connection.token' AND action <> 'connection.proxy'")
 _STORED = [
     sa.cast(RECORDS.c.detail, sa.Text).label("detail") if column.name == "detail" else column for column in RECORDS.c
 ]
@@ -146,7 +147,7 @@ def newest(equal: Mapping[str, str | None], *, since: float | None, until: float
     """Return the query for the records that fit, newest first; None does not restrict. Pure."""
     query = select(AuditRecord).order_by(col(AuditRecord.number).desc())
     query = query.where(*(RECORDS.c[name] == value for name, value in equal.items() if value is not None))
-    if equal.get("action") not in {None, HANDED_OUT}:
+    if equal.get("action") not in {None, HANDED_OUT, CALLED}:
         query = query.where(_IS_RARE)
     if since is not None:
         query = query.where(AuditRecord.at >= since)
@@ -240,7 +241,7 @@ def numbers_between(session: Session, *, after: int, last: int, size: int) -> Se
 
 
 def actions_of(session: Session, *, action: str) -> Sequence[Row]:
-    """Return every record of a rare action (no hand-out) as it is stored, in order; the index on them finds it."""
+    """Return every record of a rare action (no hand-out, no call) as it is stored, in order; the index on them finds it."""
     query = sa.select(*_STORED).where(RECORDS.c.action == action).where(_IS_RARE)
     return rows_of(session, query.order_by(RECORDS.c.number))
 

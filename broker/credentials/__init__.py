@@ -5,6 +5,7 @@ those above it::
 
     snapshots · last_use         what a hand-out reads of a row, and what it leaves on it; both in groups
     usable · stored_secrets      the row as it stands; the secret in the vault
+    in_use                       the rows of proxied calls and open streams, as they were a moment ago
     freezes                      whom a freeze or revocation means, and what becomes usable while one lasts
     leases · watching            one writer at a time, and one query for all who wait for another process's
     renewals                     pure: the requests that renew a credential, and what is kept of the answer
@@ -29,7 +30,7 @@ import sqlalchemy as sa
 
 from broker.audit import Audit
 from broker.credentials.claims import Claims
-from broker.credentials.handing_out import HandingOut, Handout
+from broker.credentials.handing_out import HandingOut, Handout, Lent
 from broker.credentials.journal import Journal
 from broker.credentials.leases import Claimed, Lease, LeaseLost, require_lease
 from broker.credentials.outcomes import Outcomes
@@ -62,6 +63,7 @@ __all__ = [
     "Handout",
     "Lease",
     "LeaseLost",
+    "Lent",
     "Revoked",
     "SecretLost",
     "Tried",
@@ -143,6 +145,10 @@ class Credentials:
         refusals, ``decide``'s, and ProviderUnavailable, UpstreamTimeout or UpstreamInvalid when a needed refresh fails.
         """
         return await self._handing_out.fresh(row, configured, ask, at)
+
+    async def lend(self, row: Standing, configured: Configured, ask: Ask, at: float) -> Lent:
+        """As ``fresh``, but return the opened credential of any type, for a call that this process makes itself."""
+        return await self._handing_out.lend(row, configured, ask, at)
 
     async def refresh(self, row: Connection) -> None:
         """Refresh now unless somebody else just did; for the worker. Raises as ``fresh`` does."""

@@ -11,12 +11,24 @@ from broker.credentials.snapshots import Snapshot
 from broker.credentials.stored_secrets import StoredSecrets, bearer_of, sha256_hex
 from broker.credentials.usable import Standing, read_row, require_pinned, require_usable
 from broker.database import Database
-from broker.errors import BrokerError, ProviderUnavailable
+from broker.errors import BrokerError, Conflict, ProviderUnavailable
 from broker.integrations import Configured
 from broker.refresh import Ask, Held, after_failure, decide
 from providers.spec import Secret
 
 ROUNDS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Lent:
+    """An opened credential for one call that this process makes itself: its fields by name, as ``spec.Material`` has them.
+
+    ``marker`` is the digest of what a provider would refuse: to be named as ``not_token_sha256`` when it did.
+    """
+
+    fields: Mapping[str, Secret]
+    credential_type: str
+    marker: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +64,17 @@ class HandingOut:
 
     async def fresh(self, row: Standing, configured: Configured, ask: Ask, at: float) -> Handout:
         """Return a token that fits ``ask``. See ``Credentials.fresh``."""
+        row, value, stale = await self._fresh(row, configured, ask, at)
+        return handout_of(row, value, stale=stale)
+
+    async def lend(self, row: Standing, configured: Configured, ask: Ask, at: float) -> Lent:
+        """Return an opened credential that fits ``ask``. See ``Credentials.lend``."""
+        return lent_of((await self._fresh(row, configured, ask, at))[1])
+
+    async def _fresh(
+        self, row: Standing, configured: Configured, ask: Ask, at: float
+    ) -> tuple[Standing, dict[str, Any], bool]:
+        """Return the row, its secret, and whether that is stale."""
         require_usable(row)
         require_pinned(row, configured)
         row, value = await self._opened(row)
@@ -59,9 +82,9 @@ class HandingOut:
         choice = decide(held, ask, at)
         if choice == "renew":
             return await self._renewed(row, held, ask, at)
-        return handout_of(row, value, stale=choice == "stale")
+        return row, value, choice == "stale"
 
-    async def _renewed(self, row: Standing, held: Held, ask: Ask, at: float) -> Handout:
+    async def _renewed(self, row: Standing, held: Held, ask: Ask, at: float) -> tuple[Standing, dict[str, Any], bool]:
         """Return a newer token than the one that is held, or that one if it can be served although no newer one came."""
         servable = held.live(at) and not ask.force and not held.refused(ask)
         patience_seconds = self._live_wait_seconds if servable else self._wait_seconds
@@ -75,11 +98,11 @@ class HandingOut:
             require_usable(row)
             row, value = await self._opened(row)
             if row.refreshed_at != held.refreshed_at or held_from(row, value).token_sha256 != held.token_sha256:
-                return handout_of(row, value, stale=False)
+                return row, value, False
             if failure is not None:
                 break
         after_failure(held, ask, at, failure or ProviderUnavailable("the refresh brought no token; try again"))
-        return handout_of(row, value, stale=True)
+        return row, value, True
 
     async def _opened(self, row: Standing) -> tuple[Standing, dict[str, Any]]:
         """Return the row and its secret; both anew if the secret moved on since the row was read."""
@@ -108,8 +131,33 @@ def held_from(row: Standing, value: Mapping[str, Any]) -> Held:
 
 
 def handout_of(row: Standing, value: Mapping[str, Any], *, stale: bool) -> Handout:
-    """Return what the caller gets (pure). ProviderUnavailable where there is no token: imported anew meanwhile."""
+    """Return what the caller gets (pure). ProviderUnavailable where there is no token: imported anew meanwhile.
+
+    Conflict for a credential that signs calls and is no token: it never leaves the broker.
+    """
+    if value["type"] == "aws":
+        raise Conflict("this credential is a key pair that signs calls, not a token: call through the proxy")
     token, kind = bearer_of(value), "Basic" if value["type"] == "basic" else "Bearer"
     if not token:
         raise ProviderUnavailable("there is no token yet; try again")
     return Handout(Secret(token), kind, row.token_expires_at, tuple(row.scopes), row.id, stale)
+
+
+LENT: Mapping[str, tuple[str, ...]] = {
+    "api_key": ("api_key",),
+    "basic": ("username", "password"),
+    "aws": ("access_key_id", "secret_access_key", "session_token"),
+}
+
+
+def lent_of(value: Mapping[str, Any]) -> Lent:
+    """Return what a signer may use of an opened secret (pure): never a refresh token, nor what tokens are minted with.
+
+    ProviderUnavailable where there is no token: imported anew meanwhile.
+    """
+    kind = value["type"]
+    names = LENT.get(kind, ("access_token",))
+    fields = {name: Secret(str(value[name])) for name in names if value.get(name)}
+    if not fields:
+        raise ProviderUnavailable("there is no token yet; try again")
+    return Lent(fields, kind, sha256_hex(bearer_of(value)))

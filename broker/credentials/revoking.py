@@ -19,7 +19,7 @@ from broker.database import Database, now
 from broker.egress import Egress
 from broker.errors import BrokerError, SecretStoreUnavailable
 from broker.integrations import Configured, Integrations
-from broker.models import Connection, RefreshAttempt, RefreshJournal, RefreshLease
+from broker.models import CallLine, Connection, RefreshAttempt, RefreshJournal, RefreshLease
 from providers.spec import Credential, Secret
 
 Revoked = Literal["revoked", "unsupported", "failed", "skipped", "skipped_shared_grant"]
@@ -94,6 +94,8 @@ class Revoking:
             for table in (RefreshAttempt, RefreshJournal, RefreshLease):
                 session.execute(sa.delete(table).where(col(table.connection_id) == row.id))
             session.execute(sa.delete(Connection).where(col(Connection.id) == row.id))
+            # after the row: from now on no process writes further lines of it (``activity.stored.add_lines``)
+            session.execute(sa.delete(CallLine).where(col(CallLine.connection_id) == row.id))
             self._audit.append(session, system_entry("connection.disposed", row, revocation=result))
 
         await self._database.transaction(work)

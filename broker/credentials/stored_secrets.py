@@ -55,8 +55,11 @@ def oauth_value(answer: TokenAnswer, *, received_at: float) -> dict[str, Any]:
 def bearer_of(value: Mapping[str, Any]) -> str:
     """Return what is put behind the scheme of an Authorization header: token, key, or the encoded Basic pair.
 
-    ``""`` for a token that was not minted yet: a hand-out refuses that.
+    ``""`` for a token that was not minted yet: a hand-out refuses that. An AWS key has no such thing: of it the key's id,
+    which tells one from another, and a hand-out refuses it too.
     """
+    if value["type"] == "aws":
+        return str(value["access_key_id"])
     if value["type"] == "basic":
         return base64.b64encode(f"{value['username']}:{value['password']}".encode()).decode()
     return str(value["api_key"] if value["type"] == "api_key" else value.get("access_token", ""))

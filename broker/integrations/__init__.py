@@ -69,7 +69,18 @@ from broker.integrations.config import (
     signs_with_its_secret,
     variables_in,
 )
-from broker.models import AuditRecord, ClientSecret, Connection, Integration, IntegrationLog, Rotation, new_id
+from broker.models import (
+    AuditRecord,
+    CallLatest,
+    CallLine,
+    CallMinute,
+    ClientSecret,
+    Connection,
+    Integration,
+    IntegrationLog,
+    Rotation,
+    new_id,
+)
 from broker.policy import Principal
 from broker.settings import Settings, SettingsError
 from broker.token_endpoint import Client, Heard, discovery_url, first_not_refused, parse_discovery
@@ -108,6 +119,18 @@ class Configured:
         if self.provider.oauth2 is None:
             raise InvalidRequest("this provider has no OAuth flow")
         return self.provider.oauth2
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What lines about an integration add up to; ``timed`` of them took ``sum_ms`` together."""
+
+    total: int
+    failures: int
+    sum_ms: float
+    timed: int
+    durations_ms: Sequence[float]
+    last_at: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -636,7 +659,7 @@ class Integrations:
             held_secrets = list(session.exec(select(ClientSecret.id).where(ClientSecret.integration == name)))
             for secret_id in held_secrets:
                 end_canary(session, secret_id, "failed", "deleted")
-            for table in (ClientSecret, IntegrationLog):
+            for table in (ClientSecret, IntegrationLog, CallMinute, CallLatest, CallLine):
                 session.execute(sa.delete(table).where(col(table.integration) == name))
             session.execute(sa.delete(Integration).where(col(Integration.name) == name))
             self._audit.append(session, _entry("integration.deleted", actor, name))
@@ -967,48 +990,40 @@ class Integrations:
         await self._database.transaction(work)
 
     async def logs(
-        self, name: str, *, limit: int, level: str | None, text: str | None, before_id: int | None = None
+        self, name: str, *, limit: int, level: str | None, text: str | None, before: tuple[float, int] | None = None
     ) -> list[IntegrationLog]:
-        """Return recent lines, newest first, by level and by a part of their text, before a line (NotFound)."""
+        """Return recent lines, newest first, by level and by a part of their text, before (at, id) (NotFound)."""
         await self.get(name)
         query = select(IntegrationLog).where(IntegrationLog.integration == name)
         if level is not None:
             query = query.where(IntegrationLog.level == level)
         if text is not None:
             query = query.where(col(IntegrationLog.text).contains(text, autoescape=True))
-        if before_id is not None:
-            query = query.where(col(IntegrationLog.id) < before_id)
-        query = query.order_by(col(IntegrationLog.id).desc()).limit(limit)
+        if before is not None:
+            at, line_id = before
+            same = (col(IntegrationLog.at) == at) & (col(IntegrationLog.id) < line_id)
+            query = query.where((col(IntegrationLog.at) < at) | same)
+        query = query.order_by(col(IntegrationLog.at).desc(), col(IntegrationLog.id).desc()).limit(limit)
         return await self._database.read(lambda session: list(session.exec(query)))
 
-    async def metrics(self, name: str, *, window_seconds: float) -> dict[str, Any]:
-        """Return totals over all replicas in the last ``window_seconds`` (NotFound).
+    async def figures(self, name: str, *, window_seconds: float) -> Figures:
+        """Return what the lines of all replicas in the last ``window_seconds`` add up to (NotFound).
 
-        The 95th percentile is that of the newest ``MOST_TIMED`` lines with a duration.
+        The durations are those of the newest ``MOST_TIMED`` lines that have one.
         """
         await self.get(name)
 
-        def work(session: Session) -> dict[str, Any]:
+        def work(session: Session) -> Figures:
             fitting = (col(IntegrationLog.integration) == name, col(IntegrationLog.at) >= now(session) - window_seconds)
             failed = sa.func.sum(sa.case((col(IntegrationLog.level) == "error", 1), else_=0))
             duration, last = col(IntegrationLog.duration_ms), sa.func.max(IntegrationLog.at)
-            figures = sa.select(sa.func.count(), failed, sa.func.avg(duration), last).where(*fitting)
-            total, failures, mean, last_at = session.execute(figures).one()
-            timed = sa.select(duration).where(*fitting, duration.is_not(None)).order_by(col(IntegrationLog.id).desc())
-            return {
-                "total": total,
-                "success_rate": (total - failures) / total if total else None,
-                "mean_latency_ms": mean,
-                "p95_latency_ms": percentile_95(session.execute(timed.limit(MOST_TIMED)).scalars().all()),
-                "last_activity_at": last_at,
-            }
+            sums = sa.select(sa.func.count(), failed, sa.func.sum(duration), sa.func.count(duration), last)
+            total, failures, sum_ms, timed, last_at = session.execute(sums.where(*fitting)).one()
+            newest = sa.select(duration).where(*fitting, duration.is_not(None)).order_by(col(IntegrationLog.id).desc())
+            durations = session.execute(newest.limit(MOST_TIMED)).scalars().all()
+            return Figures(total, failures or 0, sum_ms or 0.0, timed, durations, last_at)
 
         return await self._database.read(work)
-
-
-def percentile_95(durations: Sequence[float]) -> float | None:
-    """Return the 95th percentile by nearest rank, None of nothing (pure)."""
-    return sorted(durations)[math.ceil(len(durations) * 0.95) - 1] if durations else None
 
 
 def parse_file(path: Path) -> list[Draft]:

@@ -15,7 +15,16 @@ from sqlmodel import Session, col, select
 
 from broker.credentials.freezes import lock_freezes
 from broker.database import now
-from broker.models import BrowserSession, Connection, DeviceFlow, Flow, IdempotentAnswer, Revocation, RevocationResult
+from broker.models import (
+    BrowserSession,
+    CallLine,
+    Connection,
+    DeviceFlow,
+    Flow,
+    IdempotentAnswer,
+    Revocation,
+    RevocationResult,
+)
 
 SETTLE_SECONDS = 60.0  # longer than a call to a provider, and than a record waits
 ERASED = "(erased)"
@@ -41,6 +50,7 @@ def begin_erasure(session: Session, erasure: Revocation, subject: str) -> Revoca
     of_taken = col(Flow.connection_id).in_(taken) | col(Flow.surviving_id).in_(taken)
     session.execute(sa.delete(Flow).where((col(Flow.subject) == subject) | of_taken))
     session.execute(sa.delete(DeviceFlow).where(col(DeviceFlow.subject) == subject))
+    session.execute(sa.delete(CallLine).where(col(CallLine.connection_id).in_(taken)))  # a path may name a person
     session.execute(sa.delete(BrowserSession).where(col(BrowserSession.subject) == subject))
     _empty_answers(session, erasure, subject)
     _unname_revocations(session, subject)

@@ -12,7 +12,7 @@ from broker.connections import LARGEST_METADATA, checked_size
 from broker.errors import InvalidRequest
 from broker.imports import SHAPES, check_import
 
-TYPES = ("oauth2", "api_key", "basic")
+TYPES = ("oauth2", "api_key", "basic", "aws")
 
 
 def refused(credentials: dict[str, Any], types: tuple[str, ...] = TYPES) -> set[str]:
@@ -45,7 +45,7 @@ def test_a_bad_user_name_or_password_is_named(credentials: dict[str, Any], point
 
 def test_a_type_that_the_provider_does_not_take_is_refused_also_one_that_no_shape_is_known_for() -> None:
     assert refused({"type": "basic", "username": "a", "password": "b"}, ("oauth2",)) == {"/credentials/type"}
-    assert refused({"type": "aws"}, ("aws",)) == {"/credentials/type"}
+    assert refused({"type": "smtp"}, ("smtp",)) == {"/credentials/type"}
     assert refused({"type": "oauth2"}, ()) == {"/credentials/type"}
 
 

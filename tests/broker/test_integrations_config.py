@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from broker.errors import InvalidRequest
-from broker.integrations import drafts_from, parse_file, percentile_95, status_of
+from broker.integrations import drafts_from, parse_file, status_of
 from broker.integrations.config import (
     ENDPOINT_FIELDS,
     URL_FIELDS,
@@ -330,30 +330,6 @@ def test_the_status_says_what_stands_first(fields: Any, known: bool, has_secret:
 def test_a_provider_without_a_client_needs_none() -> None:
     row = Integration(name="x", provider="plain", created_at=0, updated_at=0)
     assert status_of(row, has_secret=False, needs_client=False, at=0) == "active"
-
-
-# Figures
-
-
-def test_no_durations_have_no_percentile() -> None:
-    assert percentile_95([]) is None
-
-
-@pytest.mark.parametrize(("count", "expected"), [(1, 1), (2, 2), (19, 19), (20, 19), (21, 20), (100, 95), (101, 96)])
-def test_the_95th_percentile_is_the_nearest_rank(count: int, expected: int) -> None:
-    assert percentile_95(range(count, 0, -1)) == expected
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.lists(st.floats(0, 1e6), min_size=1, max_size=60))
-def test_the_95th_percentile_is_a_duration_that_was_measured_and_95_percent_are_no_longer(
-    durations: list[float],
-) -> None:
-    p95 = percentile_95(durations)
-    assert p95 is not None
-    assert p95 in durations
-    assert sum(one <= p95 for one in durations) >= 0.95 * len(durations)
-    assert sum(one >= p95 for one in durations) > 0.05 * len(durations) - 1e-9
 
 
 # Files

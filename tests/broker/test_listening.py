@@ -1,16 +1,17 @@
-"""The limits on a request's head, against raw sockets: client libraries would repair what is sent here."""
+"""What of HTTP is let in, against raw sockets: client libraries would repair what is sent here."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Iterable
-from typing import Any
+from typing import Any, Literal
 
 import pytest
+import pytest_asyncio
 import uvicorn
 
-from broker.listening import MAX_HEAD_BYTES, BoundedHttp
+from broker.listening import COUNT_REFUSED, MAX_HEAD_BYTES, RAW_TARGET, BoundedHttp
 from tests.flows.rig import reserved_socket
 
 START = b"POST / HTTP/1.1\r\nHost: x\r\n"
@@ -39,10 +40,12 @@ async def echo(scope: Any, receive: Any, send: Any) -> None:
 
 
 @contextlib.asynccontextmanager
-async def served(protocol: type[asyncio.Protocol] = BoundedHttp, app: Any = echo) -> AsyncIterator[int]:
+async def served(
+    protocol: type[asyncio.Protocol] = BoundedHttp, app: Any = echo, lifespan: Literal["on", "off"] = "off"
+) -> AsyncIterator[int]:
     """Serve ``app``; yield the port."""
     listener = reserved_socket()
-    config = uvicorn.Config(app, http=protocol, access_log=False, log_config=None, lifespan="off")
+    config = uvicorn.Config(app, http=protocol, access_log=False, log_config=None, lifespan=lifespan)
     server = uvicorn.Server(config)
     server.install_signal_handlers = lambda: None  # type: ignore[attr-defined] # the test owns them
     task = asyncio.create_task(server.serve(sockets=[listener]))
@@ -176,3 +179,223 @@ async def test_a_connection_serves_one_request_after_the_other() -> None:
     async with served(Hurried) as port:
         heard = await said(port, [request] * 3 + [request * 2], pause_seconds=0.2)
     assert heard.count(b"\r\n\r\n3") == 5
+
+
+# --- Requests that could mean two things: sections 1 and 5 of the list of threats, U2, H4, H5, H6
+
+
+async def told(scope: Any, receive: Any, send: Any) -> None:
+    """Answer with what came: method, target, fields and body, each on a line."""
+    body, more = b"", True
+    while more:
+        event = await receive()
+        body, more = body + event.get("body", b""), event.get("more_body", False)
+    fields = [name + b"=" + value for name, value in scope["headers"]]
+    said_back = b"\n".join([scope["method"].encode(), scope[RAW_TARGET], b",".join(fields), body])
+    headers = [(b"content-length", str(len(said_back)).encode())]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": said_back})
+
+
+def framed(*fields: str, body: bytes = b"", start: str = "POST /x HTTP/1.1", host: str = "Host: x") -> bytes:
+    """Return a request of these fields, written as they are."""
+    return "\r\n".join([start, *([host] if host else []), *fields, "", ""]).encode("latin-1") + body
+
+
+SMUGGLED = b"GET /smuggled HTTP/1.1\r\nHost: x\r\n\r\n"
+THREE = b"3\r\nabc\r\n0\r\n\r\n"
+TE = "Transfer-Encoding: chunked"
+FRAMING = {
+    "both lengths": framed("Content-Length: 3", TE, body=THREE),
+    "both lengths, the other way round": framed(TE, "Content-Length: 3", body=THREE),
+    "two lengths": framed("Content-Length: 3", "Content-Length: 4", body=b"abcd"),
+    "two equal lengths": framed("Content-Length: 3", "Content-Length: 3", body=b"abc"),
+    "two lengths in one field": framed("Content-Length: 3, 3", body=b"abc"),
+    "a length with a sign": framed("Content-Length: +3", body=b"abc"),
+    "a negative length": framed("Content-Length: -3", body=b"abc"),
+    "a hexadecimal length": framed("Content-Length: 0x3", body=b"abc"),
+    "an underscore in a length": framed("Content-Length: 1_0", body=b"abc"),
+    "a length beyond 64 bits": framed("Content-Length: 18446744073709551619", body=b"abc"),
+    "an empty length": framed("Content-Length: ", body=b"abc"),
+    "identity": framed("Transfer-Encoding: identity", body=THREE),
+    "identity, chunked": framed("Transfer-Encoding: identity, chunked", body=THREE),
+    "gzip, chunked": framed("Transfer-Encoding: gzip, chunked", body=THREE),
+    "chunked, gzip": framed("Transfer-Encoding: chunked, gzip", body=THREE),
+    "chunked, chunked": framed("Transfer-Encoding: chunked, chunked", body=THREE),
+    "chunked twice": framed(TE, TE, body=THREE),
+    "an empty coding": framed("Transfer-Encoding: , chunked", body=THREE),
+    "a coding with a parameter": framed("Transfer-Encoding: chunked;a=b", body=THREE),
+    "a quoted coding": framed('Transfer-Encoding: "chunked"', body=THREE),
+    "another coding": framed("Transfer-Encoding: xchunked", body=THREE),
+    "a vertical tab before the coding": framed("Transfer-Encoding:\x0bchunked", body=THREE),
+    "a vertical tab after the coding": framed("Transfer-Encoding: chunked\x0b", body=THREE),
+    "a space after the name": framed("Transfer-Encoding : chunked", body=THREE),
+    "a space before the name": framed(f" {TE}", body=THREE),
+    "a folded coding": framed("Transfer-Encoding:\r\n chunked", body=THREE),
+    "a coding in HTTP/1.0": framed(TE, body=THREE, start="POST /x HTTP/1.0"),
+    "a chunk with a sign": framed(TE, body=b"+3\r\nabc\r\n0\r\n\r\n"),
+    "a chunk with 0x": framed(TE, body=b"0x3\r\nabc\r\n0\r\n\r\n"),
+    "a chunk that ends in a line feed": framed(TE, body=b"3\nabc\n0\n\n"),
+    "a chunk that is longer than it says": framed(TE, body=b"2\r\nabc\r\n0\r\n\r\n"),
+    "a chunk beyond 64 bits": framed(TE, body=b"10000000000000003\r\nabc\r\n0\r\n\r\n"),
+}
+HEADS = {
+    "absolute form": framed(start="GET http://evil.test/x HTTP/1.1"),
+    "absolute form in capitals": framed(start="GET HTTP://x/x HTTP/1.1"),
+    "absolute form without a path": framed(start="GET http://evil.test HTTP/1.1"),
+    "authority form": framed(start="GET evil.test:443 HTTP/1.1"),
+    "asterisk form": framed(start="OPTIONS * HTTP/1.1"),
+    "no slash": framed(start="GET x HTTP/1.1"),
+    "backslashes": framed(start="GET \\\\evil.test\\x HTTP/1.1"),
+    "a fragment": framed(start="GET /x#y HTTP/1.1"),
+    "a fragment after the query": framed(start="GET /x?y#z HTTP/1.1"),
+    "a space in the target": framed(start="GET /x y HTTP/1.1"),
+    "a raw byte in the target": framed(start="GET /x\xff HTTP/1.1"),
+    "a NUL in the target": framed(start="GET /x\0 HTTP/1.1"),
+    "CONNECT": framed(start="CONNECT evil.test:443 HTTP/1.1"),
+    "CONNECT to a path": framed(start="CONNECT /x HTTP/1.1"),
+    "TRACE": framed(start="TRACE /x HTTP/1.1"),
+    "HTTP/0.9": b"GET /x\r\n\r\n",
+    "HTTP/2.0": framed(start="GET /x HTTP/2.0"),
+    "the preface of HTTP/2": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    "no Host": framed(host="X-A: 1"),
+    "no Host in HTTP/1.0": framed(host="X-A: 1", start="GET /x HTTP/1.0"),
+    "two Hosts": framed("Host: y"),
+    "two equal Hosts": framed("HOST: x"),
+    "an empty Host": framed(host="Host:"),
+    "user information in Host": framed(host="Host: a@evil.test"),
+    "a comma in Host": framed(host="Host: x, evil.test"),
+    "a path in Host": framed(host="Host: x/y"),
+    "a word in Host's port": framed(host="Host: x:http"),
+    "a scheme in Host": framed(host="Host: http://x"),
+    "a letter beyond ASCII in Host": framed(host="Host: \xe9.test"),
+    "a NUL in a value": framed("X-A: 1\x002"),
+    "a carriage return in a value": framed("X-A: 1\rX-B: 2"),
+    "a line feed in a value": framed("X-A: 1\nX-B: 2"),
+    "a folded value": framed("X-A: 1", " 2"),
+    "a space in a name": framed("X A: 1"),
+    "a name that begins with a colon": framed(":authority: evil.test"),
+    "no name": framed(": 1"),
+    "no colon": framed("X-A"),
+}
+
+
+class Told:
+    """The application ``told``, and the paths that it was asked for."""
+
+    def __init__(self) -> None:
+        """Begin with none; the port is known when it is served."""
+        self.seen: list[str] = []
+        self.port = 0
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Note the path, and answer unless the body never comes whole."""
+        self.seen.append(scope["path"])
+        with contextlib.suppress(KeyError):
+            await told(scope, receive, send)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def one_server() -> AsyncIterator[Told]:
+    """Serve one application for all the rows."""
+    app = Told()
+    async with served(app=app) as app.port:
+        yield app
+
+
+@pytest.mark.asyncio(loop_scope="module")
+@pytest.mark.parametrize("request_bytes", [*FRAMING.values(), *HEADS.values()], ids=[*FRAMING, *HEADS])
+async def test_a_request_that_could_mean_two_things_is_refused_and_nothing_after_it_is_read(
+    one_server: Told, request_bytes: bytes
+) -> None:
+    heard = await said(one_server.port, [request_bytes + SMUGGLED])
+    assert heard.startswith(b"HTTP/1.1 400 "), heard
+    assert b"\r\nx-broker-error: invalid_request\r\n" in heard
+    assert heard.count(b"HTTP/1.1 ") == 1
+    assert heard.endswith(b"<closed>")
+    assert "/smuggled" not in one_server.seen
+
+
+@pytest.mark.parametrize(
+    ("request_bytes", "told_back"),
+    [
+        (framed(start="GET /a%2Fb/./..//x?q=a+b%20c&q=?/ HTTP/1.1"), b"GET\n/a%2Fb/./..//x?q=a+b%20c&q=?/\nhost=x\n"),
+        (framed(host="Host: api_1.good.test:8443", start="GET / HTTP/1.1"), b"GET\n/\nhost=api_1.good.test:8443\n"),
+        (framed(host="Host: [::1]:80", start="DELETE / HTTP/1.1"), b"DELETE\n/\nhost=[::1]:80\n"),
+        (framed(host="Host:\tx \t", start="GET / HTTP/1.1"), b"GET\n/\nhost=x \t\n"),
+        (framed("Content-Length: 003", body=b"abc"), b"POST\n/x\nhost=x,content-length=003\nabc"),
+        (framed("Transfer-Encoding: Chunked", body=THREE), b"POST\n/x\nhost=x,transfer-encoding=Chunked\nabc"),
+        (framed(TE, body=b"3;a=b\r\nabc\r\n0\r\n\r\n"), b"POST\n/x\nhost=x,transfer-encoding=chunked\nabc"),
+        (framed("X-A: caf\xe9", start="GET / HTTP/1.1"), b"GET\n/\nhost=x,x-a=caf\xe9\n"),
+        (framed(start="GET / HTTP/1.0"), b"GET\n/\nhost=x\n"),
+    ],
+)
+@pytest.mark.asyncio(loop_scope="module")
+async def test_a_request_of_one_meaning_comes_through_byte_for_byte(
+    one_server: Told, request_bytes: bytes, told_back: bytes
+) -> None:
+    heard = await said(one_server.port, [request_bytes], patience_seconds=0.2)
+    assert heard.startswith(b"HTTP/1.1 200 ")
+    assert heard.removesuffix(b"<closed>").endswith(b"\r\n\r\n" + told_back)
+
+
+async def test_trailers_do_not_become_fields_of_the_head() -> None:
+    trailers = b"3\r\nabc\r\n0\r\nAuthorization: Bearer x\r\nHost: evil.test\r\n\r\n"
+    slow = b"GET /slow HTTP/1.1\r\nHost: x\r\n\r\n"
+    async with served(app=told) as port:
+        heard = await said(port, [slow + framed(TE, body=trailers)], patience_seconds=0.3)
+    assert heard.endswith(b"POST\n/x\nhost=x,transfer-encoding=chunked\nabc")
+
+
+async def test_a_refused_request_does_not_answer_an_earlier_one() -> None:
+    slow = b"GET /slow HTTP/1.1\r\nHost: x\r\n\r\n"
+    async with served() as port:
+        assert await said(port, [slow, HEADS["no Host"]], pause_seconds=0.1) == b"<closed>"
+        assert await said(port, [slow + slow + HEADS["no Host"]]) == b"<closed>"
+        assert (await said(port, [slow, slow[:-2]], pause_seconds=0.1)).startswith(b"HTTP/1.1 200 ")
+
+
+UPGRADE = ("Connection: Upgrade", "Upgrade: h2c")
+
+
+@pytest.mark.parametrize("fields", [UPGRADE, ("Connection: keep-alive, upgrade", "Upgrade: websocket")])
+async def test_a_request_for_an_upgrade_is_served_without_it_and_is_the_last_one(fields: tuple[str, ...]) -> None:
+    async with served(app=told) as port:
+        for more in ([], ["Content-Length: 0"]):
+            head = framed(*fields, *more, start="GET /x HTTP/1.1")
+            heard = await said(port, [head + SMUGGLED, SMUGGLED], pause_seconds=0.1)
+            assert heard.startswith(b"HTTP/1.1 200 ")
+            assert heard.count(b"HTTP/1.1 ") == 1
+            assert b"smuggled" not in heard
+            assert heard.endswith(b"<closed>")
+
+
+@pytest.mark.parametrize("framing", ["Content-Length: 35", TE])
+async def test_a_request_for_an_upgrade_with_a_body_is_refused_for_its_body_would_be_the_next_request(
+    framing: str,
+) -> None:
+    async with served(app=told) as port:
+        heard = await said(port, [framed(*UPGRADE, framing), SMUGGLED], pause_seconds=0.1)
+    assert heard.startswith(b"HTTP/1.1 501 ")
+    assert b"upgrade_unsupported" in heard
+    assert heard.count(b"HTTP/1.1 ") == 1
+    assert heard.endswith(b"<closed>")
+
+
+async def test_what_is_refused_is_counted() -> None:
+    counted: list[int] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "lifespan":
+            await told(scope, receive, send)
+            return
+        await receive()
+        scope["state"][COUNT_REFUSED] = counted.append
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+        await send({"type": "lifespan.shutdown.complete"})
+
+    async with served(app=app, lifespan="on") as port:
+        for request_bytes in (framed(), HEADS["no Host"], FRAMING["two lengths"], framed(*UPGRADE, TE)):
+            await said(port, [request_bytes], patience_seconds=0.2)
+    assert counted == [400, 400, 501]

@@ -71,6 +71,10 @@ READ = [
     ("keyring", "k2:BBBB,k1:AAAA", Secret("k2:BBBB,k1:AAAA")),
     ("secret_cache_seconds", "0", 0.0),
     ("background_refreshes_per_minute", "60", 60),
+    ("proxy_domain", "Proxy.Example.test", "proxy.example.test"),
+    ("proxy_most_bytes", "1048576", 1_048_576),
+    ("caller_calls_per_second", "2.5", 2.5),
+    ("redis_url", "rediss://:p%40ss@redis.test:6380/2", Secret("rediss://:p%40ss@redis.test:6380/2")),
     ("audit_sinks", "database,file:/var/log/audit,stdout", ("database", "file:/var/log/audit", "stdout")),
     ("audit_checkpoints", "file:/mnt/other/points,stdout", ("file:/mnt/other/points", "stdout")),
     ("audit_retention_days", "400", 400.0),
@@ -125,6 +129,23 @@ def test_an_empty_variable_counts_as_absent() -> None:
 # --- each refusal ---------------------------------------------------------------------------------------------------------
 
 REFUSED = [
+    *(
+        ("proxy_domain", text, "must be a plain DNS name")
+        for text in (f"https://{CANARY}.test", "test", "a.test.", "1.2")
+    ),
+    *(
+        ("proxy_domain", text, "must be a plain DNS name")
+        for text in ("a.test:80", "a_b.test", "-a.test", "a..test", "ä.de")
+    ),
+    ("caller_calls_per_second", "-1", "greater than or equal to 0"),
+    *(
+        ("redis_url", text, "must be redis://")
+        for text in (CANARY, f"http://{CANARY}", f"redis://h/{CANARY}", "redis://")
+    ),
+    *(
+        ("redis_url", text, "must be redis://")
+        for text in ("redis://h:0", "redis://h:x", "redis://h?ssl=1", "redis://h/ä")
+    ),
     ("env", CANARY, "'production' or 'development'"),
     ("public_url", f"ftp://{CANARY}", "must be an http(s) URL"),
     ("public_url", f"https://{CANARY}:x@h", "without credentials"),

@@ -14,9 +14,11 @@ from urllib.parse import urlencode, urlsplit
 
 from broker.models import Connection
 from providers.minting import client_credentials, require_text, token_request
+from providers.sigv4 import sigv4
 from providers.spec import (
     Account,
     ApiKey,
+    Aws,
     Credential,
     Dialogue,
     Minter,
@@ -97,6 +99,8 @@ def made_up(base: str) -> Provider:
             revocation=Revocation(revoke),
         ),
         api_key=ApiKey(),
+        aws=Aws(),
+        signers={"aws": sigv4("made")},
         minting={
             "client_credentials": client_credentials(fields={"audience": False}),
             "robot": Minting(

@@ -19,6 +19,7 @@ import uvicorn
 from broker.app import Parts, create_app, open_parts, running_worker
 from broker.callers import mint_key
 from broker.demo.sandbox import DEMO_CLIENT_ID, DEMO_CLIENT_SECRET, Sandbox, SandboxOptions, serve_sandbox
+from broker.listening import BoundedHttp
 from broker.settings import Settings, load_settings
 
 APP = "http://127.0.0.1:7777/app/connected"
@@ -47,7 +48,7 @@ def settings_for(data_dir: Path, public_url: str, **overrides: Any) -> Settings:
 async def serving(app: Any, listener: socket.socket) -> AsyncIterator[None]:
     """Serve an application on a bound socket inside this event loop, as `broker serve` does."""
     server = uvicorn.Server(
-        uvicorn.Config(app, http="httptools", access_log=False, log_config=None, lifespan="off", server_header=False)
+        uvicorn.Config(app, http=BoundedHttp, access_log=False, log_config=None, lifespan="off", server_header=False)
     )
     server.install_signal_handlers = lambda: None  # type: ignore[attr-defined] # the test owns them
     task = asyncio.create_task(server.serve(sockets=[listener]))

@@ -421,7 +421,7 @@ async def test_figures_and_lines_are_of_the_window_and_the_filter(shared: Rig) -
     ):
         lines = (await shared.call("GET", f"{path}/logs{query}")).json()["data"]
         assert [line["text"] for line in lines] == texts, query
-    check_problem(await shared.call("GET", f"{path}/metrics?window=2h"), 400, "invalid_request", "?window")
+    check_problem(await shared.call("GET", f"{path}/metrics?window=2w"), 400, "invalid_request", "?window")
     check_problem(await shared.call("GET", f"{path}/logs?level=loud"), 400, "invalid_request", "?level")
 
 

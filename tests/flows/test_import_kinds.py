@@ -47,6 +47,53 @@ async def fresh(world: World, connection: dict[str, Any], **body: Any) -> dict[s
     return dict(answer.json())
 
 
+# Keys that sign calls
+
+AWS = {"type": "aws", "access_key_id": "AKIDEXAMPLE", "secret_access_key": "CANARY/aws+key", "region": "us"}
+
+
+async def test_an_aws_key_becomes_a_connection_whose_region_is_a_variable(world: World) -> None:
+    temporary = {"session_token": "CANARY-session", "expires_at": "2099-01-01T00:00:00Z"}
+    connection = await imported(world, {**AWS, **temporary})
+    assert (connection["status"], connection["expires_at"]) == ("active", "2099-01-01T00:00:00.000Z")
+    assert connection["variables"] == {"shop": SHOP, "region": "us"}
+    assert "CANARY" not in json.dumps(connection)
+    again = await imported(world, {**AWS, "region": None}, variables={"shop": SHOP, "region": "de"})
+    assert again["variables"]["region"] == "de"
+
+
+async def test_an_aws_key_is_never_handed_out(world: World) -> None:
+    connection = await imported(world, AWS)
+    answer = await world.rig.token(connection["id"])
+    problem = check_problem(answer, 409, "conflict")
+    assert "call through the proxy" in problem["detail"]
+    assert "AKIDEXAMPLE" not in answer.text
+    assert "CANARY" not in answer.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "pointer"),
+    [
+        ({"access_key_id": None}, "/credentials/access_key_id"),
+        ({"secret_access_key": "a b"}, "/credentials/secret_access_key"),
+        ({"access_key_id": "AK/ID"}, "/credentials/access_key_id"),
+        ({"session_token": ""}, "/credentials/session_token"),
+        ({"expires_at": "soon"}, "/credentials/expires_at"),
+        ({"region": "eu.example.com"}, "/credentials/region"),
+        ({"region": "eu-central-1"}, "/variables/region"),
+        ({"region": "de"}, "/credentials/region"),
+        ({"api_key": "x"}, "/credentials"),
+    ],
+)
+async def test_an_aws_key_that_cannot_be_one_is_refused_by_field(
+    world: World, changes: dict[str, Any], pointer: str
+) -> None:
+    given = {"region": "us"} if changes == {"region": "de"} else {}
+    answer = await importing(world, {**AWS, **changes}, variables={"shop": SHOP, **given})
+    check_problem(answer, 400, "invalid_request", pointer)
+    assert "CANARY" not in answer.text
+
+
 # Minting
 
 
@@ -278,4 +325,4 @@ async def test_config_variables_suffice_for_an_import(world: World) -> None:
 
 async def test_the_catalog_names_every_type_that_can_be_imported(world: World) -> None:
     shown = (await world.rig.call("GET", f"/v1/providers/{NAME}")).json()
-    assert shown["credential_types"] == ["oauth2", "api_key", "client_credentials", "robot", "astray", "lost"]
+    assert shown["credential_types"] == ["oauth2", "api_key", "aws", "client_credentials", "robot", "astray", "lost"]
