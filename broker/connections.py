@@ -43,7 +43,6 @@ from broker.imports import (
     account_fields,
     check_import,
     check_variables,
-    given_variables,
     known_of,
     require_mintable,
     require_power,
@@ -319,7 +318,7 @@ class Connections:
         """Return the integration as this import needs it, and the import; raise all that stands against it."""
         plain = await self._integrations.configured(wanted.integration)
         checked = check_import(wanted.credentials, plain.provider.credential_types, plain.provider.minting)
-        check_variables(plain.provider, plain.row.config, given_variables(wanted, checked))
+        check_variables(plain.provider, plain.row.config, wanted, checked)
         require_power(principal, wanted, checked, plain.config)
         known = known_of(wanted, checked, plain.provider)
         configured = await self._integrations.configured(wanted.integration, variables=known) if known else plain

@@ -137,12 +137,13 @@ def require_power(principal: Principal, wanted: Import, imported: Imported, conf
         raise Forbidden("only an admin may choose what a token is for that the integration's client secret asks for")
 
 
-def check_variables(provider: Provider, config: Mapping[str, Any], given: Mapping[str, str]) -> None:
+def check_variables(provider: Provider, config: Mapping[str, Any], wanted: Import, imported: Imported) -> None:
     """Raise InvalidRequest for variables that are unknown, do not fit, or that the integration's ``config`` sets otherwise.
 
-    They become part of a host.
+    They become part of a host. A region that came with the key is named where it stands.
     """
     declared = {variable.name: variable for variable in provider.variables}
+    given = given_variables(wanted, imported, provider)
     problems = []
     if given.keys() - declared.keys():  # a name that we do not know is not echoed
         problems.append(FieldError("/variables", "names one that is not used here"))
@@ -153,7 +154,8 @@ def check_variables(provider: Provider, config: Mapping[str, Any], given: Mappin
     ]
     problems += contradictions(config, given)
     if problems:
-        raise InvalidRequest(errors=problems)
+        moved = {f"/variables/{name}": f"/credentials/{name}" for name in given.keys() - wanted.variables.keys()}
+        raise InvalidRequest(errors=[replace(one, pointer=moved.get(one.pointer, one.pointer)) for one in problems])
 
 
 def require_variables(configured: Configured, imported: Imported) -> None:
@@ -233,9 +235,12 @@ def _credential(configured: Configured, client: Client, secret: Secret | None, a
     )
 
 
-def given_variables(wanted: Import, imported: Imported) -> dict[str, str]:
-    """Return what an import says of variables: by name, or as the region of its key (InvalidRequest where the two differ)."""
-    if imported.region is None:
+def given_variables(wanted: Import, imported: Imported, provider: Provider) -> dict[str, str]:
+    """Return what an import says of variables: by name, or as the region of its key (InvalidRequest where the two differ).
+
+    A key's region counts for nothing where the provider has no such variable: there is one region only.
+    """
+    if imported.region is None or "region" not in {variable.name for variable in provider.variables}:
         return dict(wanted.variables)
     if wanted.variables.get("region", imported.region) != imported.region:
         raise InvalidRequest(errors=[FieldError("/credentials/region", "differs from the variable of that name")])
@@ -245,7 +250,7 @@ def given_variables(wanted: Import, imported: Imported) -> dict[str, str]:
 def known_of(wanted: Import, imported: Imported, provider: Provider) -> dict[str, str]:
     """Return the variables that the connection has: what its credential says, and above that what the import says."""
     said = imported.account.variables if imported.account is not None else {}
-    return {**own_variables(provider, said), **given_variables(wanted, imported)}
+    return {**own_variables(provider, said), **given_variables(wanted, imported, provider)}
 
 
 def account_fields(account: Mapping[str, Any] | None, own: Account | None = None) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import random
 import re
+import sys
 from typing import Any, Final, NoReturn
 
 from uvicorn.config import Config
@@ -37,10 +38,11 @@ BARE: Final = "broker.bare"  # in the start of an answer: it brings its own Date
 class WholeAnswers(RequestResponseCycle):
     """Writes an answer that comes with its whole body at once, with one write and one look at its fields: 8 µs less.
 
-    All others go uvicorn's way, unchanged, but for their head, which waits for the first piece of the body.
+    All others go uvicorn's way but for their head, which waits for the first piece of the body, and for HTTP/1.0.
     """
 
     _start: Any = None
+    _until_close = False
 
     async def send(self, message: Any) -> None:  # noqa: ANN401 - as in uvicorn, whose types are its own
         """Take the next message of the application."""
@@ -54,18 +56,31 @@ class WholeAnswers(RequestResponseCycle):
             return
         start, self._start = self._start, None
         if start is None:
-            await super().send(message)
+            await self._send_on(message)
             return
         answer = None if message.get("more_body") else self._whole(start, message.get("body", b""))
         if answer is None or self.disconnected or self.flow.write_paused:
+            self._measure(start)
             await super().send(start)
-            await super().send(message)
+            await self._send_on(message)
             return
         self.response_started = self.response_complete = True
         self.waiting_for_100_continue = False
         self.transport.write(answer)
         self.message_event.set()
         self.on_response()
+
+    def _measure(self, start: Any) -> None:  # noqa: ANN401
+        """Let an answer to HTTP/1.0 without a length last until the connection ends, as chunks are not known there."""
+        if self.scope["http_version"] == "1.0" and all(
+            name.lower() != b"content-length" for name, _ in start["headers"]
+        ):
+            self.chunked_encoding, self.expected_content_length, self._until_close = False, sys.maxsize, True
+
+    async def _send_on(self, message: Any) -> None:  # noqa: ANN401
+        if self._until_close and not message.get("more_body"):
+            self.expected_content_length = len(message.get("body", b""))  # uvicorn looks whether all of it came
+        await super().send(message)
 
     def _cut(self) -> None:
         self.disconnected = self.response_started = self.response_complete = True

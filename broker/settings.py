@@ -99,7 +99,7 @@ class Settings(BaseSettings):
     background_refreshes_per_minute: Annotated[int, Field(ge=1, le=100_000)] = 1200
     proxy_domain: str | None = None
     proxy_most_bytes: Annotated[int, Field(ge=1024, le=2**40)] = 5 * 1024**3
-    caller_calls_per_second: Annotated[float, Field(ge=0, le=100_000)] = 0
+    caller_calls_per_second: Annotated[float, Field(ge=0, le=10_000)] = 0
     redis_url: Secret | None = None
     audit_sinks: CommaList = ("database",)
     audit_checkpoints: CommaList = ()
@@ -190,6 +190,14 @@ class Settings(BaseSettings):
             message = "must be a plain DNS name such as proxy.example.com, without scheme, port or final dot"
             raise ValueError(message)
         return value.lower()
+
+    @field_validator("caller_calls_per_second")
+    @classmethod
+    def _countable(cls, value: float) -> float:
+        if 0 < value < 0.01:
+            message = "must be 0 for no limit, or 0.01 (one call in 100 seconds) to 10,000"
+            raise ValueError(message)
+        return value
 
     @field_validator("redis_url")
     @classmethod

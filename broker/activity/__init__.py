@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import time
-from collections import deque
 from collections.abc import Callable, Hashable, Mapping
 
 import structlog
@@ -13,6 +12,7 @@ from sqlmodel import Session
 
 from broker.activity import stored
 from broker.activity.exposing import STATES, Exposition
+from broker.activity.sampling import Sample
 from broker.activity.stored import shown
 from broker.activity.tallies import CallDone, Tally, percentile
 from broker.database import Database
@@ -23,7 +23,6 @@ from broker.telemetry import Metrics
 __all__ = ["Activity", "CallDone", "Tally", "percentile", "shown", "sweep"]
 
 FLUSH_SECONDS = 2.0
-MOST_LINES = 200
 log = structlog.get_logger()
 
 
@@ -40,10 +39,10 @@ class Activity:
     """Counts what became of proxied calls. ``note`` costs some microseconds and never waits; one event loop.
 
     Figures are written ``FLUSH_SECONDS`` after the first call that they hold, and added to those of other processes: a
-    crash loses that much, and a commit whose answer was lost may count twice. Lines are a sample: at most ``MOST_LINES`` a
-    flush, errors first, then the newest. ``breaker_states`` are those of ``Breakers.states``, keyed (integration, host) or by
-    a text that begins with the integration and a space. Integrations are names that an operator configured, so their number
-    is not bounded here.
+    crash loses that much, and a commit whose answer was lost may count twice. What belongs to an integration that is gone by
+    then is not written. Lines are a sample: see ``Sample``. ``breaker_states`` are those of ``Breakers.states``, keyed
+    (integration, host) or by a text that begins with the integration and a space. Integrations are names that an operator
+    configured, so their number is not bounded here.
     """
 
     def __init__(
@@ -59,8 +58,7 @@ class Activity:
         self._written: dict[str, Tally] = {}  # since the start, for Prometheus
         self._pending: dict[str, Tally] = {}
         self._running: dict[str, int] = {}
-        self._errors: deque[tuple[float, CallDone]] = deque(maxlen=MOST_LINES)
-        self._others: deque[tuple[float, CallDone]] = deque(maxlen=MOST_LINES)
+        self._sample = Sample()
         self._writing: asyncio.Task[None] | None = None
         self._closing = asyncio.Event()
         metrics.registry.register(Exposition(self._totals, lambda: self._running, self._worst_breakers))
@@ -80,7 +78,7 @@ class Activity:
         if tally is None:
             tally = self._pending[done.integration] = Tally()
         tally.add(done, at)
-        (self._errors if done.failed else self._others).append((at, done))
+        self._sample.add(at, done)
         if self._writing is None or self._writing.done():
             # A context of its own: what is logged belongs to no request.
             self._writing = asyncio.create_task(self._write(), context=contextvars.Context())
@@ -147,7 +145,7 @@ class Activity:
 
     async def _flush(self) -> None:
         tallies, self._pending = self._pending, {}
-        lines = self._sample()
+        lines = self._sample.take()
 
         def work(session: Session) -> None:
             stored.add_figures(session, tallies)
@@ -161,14 +159,6 @@ class Activity:
         else:
             for name, tally in tallies.items():
                 self._written.setdefault(name, Tally()).merge(tally)
-
-    def _sample(self) -> list[tuple[float, CallDone]]:
-        """Return this flush's lines in the order of their ends, and forget the others."""
-        errors, others = list(self._errors), list(self._others)
-        self._errors.clear()
-        self._others.clear()
-        room = MOST_LINES - len(errors)
-        return sorted(errors + (others[-room:] if room else []), key=lambda line: line[0])
 
     def _take_back(self, tallies: Mapping[str, Tally]) -> None:
         for name, tally in tallies.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, cast
 
 import sqlalchemy as sa
@@ -11,7 +11,7 @@ from sqlmodel import Session, col
 
 from broker.activity.tallies import LONGEST_PATH, CallDone, Tally
 from broker.database import now
-from broker.models import CallLatest, CallLine, CallMinute, Connection
+from broker.models import CallLatest, CallLine, CallMinute, Connection, Integration
 
 MINUTE_SECONDS, HOUR_SECONDS, DAY_SECONDS = 60, 3600, 86_400.0
 HOURLY_AFTER_SECONDS = 2 * HOUR_SECONDS
@@ -25,7 +25,12 @@ _LINES = cast("sa.Table", CallLine.__table__)  # type: ignore[attr-defined]
 
 
 def add_figures(session: Session, tallies: Mapping[str, Tally]) -> None:
-    """Add what was counted to the rows of this minute. In order, so that two processes do not wait for each other."""
+    """Add what was counted to the rows of this minute. In order, so that two processes do not wait for each other.
+
+    Figures of an integration that is gone are left out: a later one of its name would have them. The lock holds a deletion
+    up until these rows are committed; it then finds them.
+    """
+    tallies = {name: tallies[name] for name in _present(session, tallies)}
     minute = int(now(session)) // MINUTE_SECONDS * MINUTE_SECONDS
     sums = [
         {"integration": name, "at": minute, "part": part, "amount": amount}
@@ -44,6 +49,11 @@ def add_figures(session: Session, tallies: Mapping[str, Tally]) -> None:
     ]
     if last:
         _note_latest(session, last)
+
+
+def _present(session: Session, names: Collection[str]) -> list[str]:
+    there = sa.select(col(Integration.name)).where(col(Integration.name).in_(names)).order_by(col(Integration.name))
+    return list(session.execute(there.with_for_update(read=True, key_share=True)).scalars())
 
 
 def _insert(session: Session, table: sa.Table) -> Any:  # noqa: ANN401 - one of two dialects' inserts
@@ -89,7 +99,7 @@ def _row(at: float, done: CallDone) -> dict[str, Any]:
     return {
         "integration": done.integration,
         "at": at,
-        "level": level_of(done),
+        "level": done.level,
         "connection_id": done.connection_id,
         "caller_id": done.caller_id,
         "request_id": done.request_id,
@@ -104,13 +114,6 @@ def _row(at: float, done: CallDone) -> dict[str, Any]:
         "bytes_out": done.bytes_out,
         "bytes_in": done.bytes_in,
     }
-
-
-def level_of(done: CallDone) -> str:
-    """Return ``info`` for what went well, ``warning`` for a 4xx and for a caller who left, ``error`` for the rest (pure)."""
-    if not done.failed:
-        return "info"
-    return "warning" if done.outcome in {"4xx", "none"} else "error"
 
 
 def figures(session: Session, integration: str, window_seconds: float) -> Tally:

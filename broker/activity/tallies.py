@@ -37,7 +37,6 @@ class CallDone(NamedTuple):
     bytes_out: int
     bytes_in: int
     rate_remaining: int | None = None
-    missed_refresh: bool = False
 
     @property
     def outcome(self) -> str:
@@ -51,13 +50,20 @@ class CallDone(NamedTuple):
         """Whether it counts as an error: anything but an upstream's answer below 400."""
         return self.outcome not in ANSWERED_WELL
 
+    @property
+    def level(self) -> str:
+        """Return ``info`` for what went well, ``warning`` for a 4xx and for a caller who left, ``error`` for the rest."""
+        if not self.failed:
+            return "info"
+        return "warning" if self.outcome in {"4xx", "none"} else "error"
+
 
 class Tally:
     """Sums over calls of one integration. ``parts()`` are what a database or another tally adds up; all are whole numbers."""
 
     __slots__ = (
-        *("bytes_in", "bytes_out", "codes", "durations", "last_at", "microseconds", "missed", "outcomes"),
-        *("rate_at", "rate_remaining", "retries", "upstream_microseconds"),
+        *("bytes_in", "bytes_out", "codes", "durations", "last_at", "microseconds", "outcomes"),
+        *("rate_at", "rate_remaining", "retries", "sent", "upstream_microseconds"),
     )
 
     def __init__(self) -> None:
@@ -65,7 +71,7 @@ class Tally:
         self.outcomes = dict.fromkeys(CLASSES, 0)
         self.codes: dict[str, int] = {}
         self.durations = [0] * (len(BOUNDS_MS) + 1)
-        self.retries = self.missed = self.microseconds = self.upstream_microseconds = self.bytes_in = self.bytes_out = 0
+        self.retries = self.sent = self.microseconds = self.upstream_microseconds = self.bytes_in = self.bytes_out = 0
         self.last_at = self.rate_at = 0.0
         self.rate_remaining: int | None = None
 
@@ -76,10 +82,10 @@ class Tally:
             self.codes[done.code] = self.codes.get(done.code, 0) + 1
         self.durations[bisect_left(BOUNDS_MS, done.total_seconds * 1000)] += 1
         self.microseconds += int(done.total_seconds * 1e6)
-        self.upstream_microseconds += int(done.upstream_seconds * 1e6)
-        if done.attempts > 1:
+        if done.attempts > 0:
+            self.sent += 1
             self.retries += done.attempts - 1
-        self.missed += done.missed_refresh
+            self.upstream_microseconds += int(done.upstream_seconds * 1e6)
         self.bytes_in += done.bytes_in
         self.bytes_out += done.bytes_out
         self.last_at = at
@@ -93,7 +99,7 @@ class Tally:
             **{f"code:{code}": count for code, count in self.codes.items()},
             **{f"ms:{bucket}": count for bucket, count in enumerate(self.durations)},
             "retries": self.retries,
-            "missed": self.missed,
+            "sent": self.sent,
             "us": self.microseconds,
             "upstream_us": self.upstream_microseconds,
             "bytes_in": self.bytes_in,
@@ -131,6 +137,11 @@ class Tally:
         """Return how many of them failed (see ``CallDone.failed``)."""
         return self.calls - sum(self.outcomes[one] for one in ANSWERED_WELL)
 
+    @property
+    def mean_upstream_ms(self) -> float | None:
+        """Return how long the upstream took for its last answer, on average over the calls that were sent to it."""
+        return self.upstream_microseconds / self.sent / 1000 if self.sent else None
+
     def weighed_ms(self) -> Iterable[tuple[float, int]]:
         """Return (duration, how many) for each bucket that has some; a duration stands for its bucket's middle."""
         return ((_middle(bucket), count) for bucket, count in enumerate(self.durations) if count)
@@ -138,7 +149,7 @@ class Tally:
 
 _SUMS = {
     "retries": "retries",
-    "missed": "missed",
+    "sent": "sent",
     "us": "microseconds",
     "upstream_us": "upstream_microseconds",
     "bytes_in": "bytes_in",

@@ -21,6 +21,7 @@ from broker.policy import Principal, Role
 LEVELS = ("info", "warning", "error")
 UNITS = {"m": 60.0, "h": 3600.0, "d": 86_400.0}
 LONGEST_WINDOW_SECONDS = 7 * 86_400.0
+LONGEST_TEXT = 200
 READERS: tuple[Role, ...] = ("operator", "auditor", "security")
 PERCENTILES = {"p50_latency_ms": 0.5, "p95_latency_ms": 0.95, "p99_latency_ms": 0.99}
 
@@ -61,6 +62,7 @@ def metrics_json(of_lines: Figures, of_calls: Tally) -> dict[str, Any]:
         "success_rate": (total - failures) / total if total else None,
         "error_rate": failures / total if total else None,
         "mean_latency_ms": (of_lines.sum_ms + of_calls.microseconds / 1000) / timed if timed else None,
+        "mean_upstream_latency_ms": of_calls.mean_upstream_ms,
         **{field: percentile(weighed, share) for field, share in PERCENTILES.items()},
         "calls": of_calls.calls,
         "outcomes": {outcome: count for outcome, count in of_calls.outcomes.items() if count},
@@ -88,6 +90,10 @@ async def show_logs(
     policy.require_role(principal, *READERS)
     if level is not None and level not in LEVELS:
         raise InvalidRequest(errors=[FieldError("?level", f"must be one of {', '.join(LEVELS)}")])
+    if text is not None and (len(text) > LONGEST_TEXT or "\0" in text):
+        raise InvalidRequest(
+            errors=[FieldError("?text", f"must be at most {LONGEST_TEXT} characters, none of them NUL")]
+        )
     most, (before_line, before_call) = checked_limit(limit) + 1, _before(cursor)
     lines = await integrations.logs(name, limit=most, level=level, text=text, before=before_line)
     calls = await activity.lines(name, limit=most, level=level, text=text, before=before_call)

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 OUTCOMES = frozenset({"ok", "denied", "intent", "failed"})
@@ -13,6 +14,11 @@ DEEPEST_DETAIL = 16
 
 _UNSTORABLE = re.compile(r"[\x00\ud800-\udfff]")
 _ACTION = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*")
+
+
+@lru_cache(maxsize=1024)
+def _is_action(text: str) -> bool:
+    return _ACTION.fullmatch(text) is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +41,7 @@ class Entry:
 
     def __post_init__(self) -> None:
         """Refuse what could not be stored or verified later."""
-        if not _ACTION.fullmatch(self.action):
+        if not _is_action(self.action):
             raise ValueError("an audit action is dotted lower case")
         if self.outcome not in OUTCOMES:
             raise ValueError("an audit outcome is ok, denied, intent or failed")
@@ -52,17 +58,18 @@ def _plain(value: object, depth: int) -> Any:  # noqa: ANN401 - JSON is any shap
     """Return a copy made of JSON's own types; ``ValueError`` when it would not come back the same."""
     if depth < 0:
         raise ValueError("an audit detail is nested too deeply")
-    if value is None or isinstance(value, bool):
-        return value
-    if isinstance(value, str):
+    kind = type(value)
+    if kind is str:
         return _plain_text(value)
-    if isinstance(value, int):
+    if kind is int:
         return _plain_number(value)
+    if value is None or kind is bool:
+        return value
     if isinstance(value, dict | Mapping):  # a dict is found at once, any other map takes a search
         return {_plain_text(key): _plain(item, depth - 1) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item, depth - 1) for item in value]
-    return _plain_number(value)
+    return _plain_text(value) if isinstance(value, str) else _plain_number(value)
 
 
 def _plain_text(value: object) -> str:

@@ -98,6 +98,11 @@ class Callers:
         self._changes = 0
         self._touching: dict[str, asyncio.Task[None]] = {}
 
+    @property
+    def changes(self) -> int:
+        """How often something was changed here: what is remembered of callers elsewhere holds for one number of it."""
+        return self._changes
+
     async def authenticate(
         self,
         given: Iterable[tuple[bytes, bytes]],

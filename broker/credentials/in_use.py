@@ -26,7 +26,7 @@ MOST_SECONDS = 0.4  # together with what a call under way takes to notice, under
 LOOK_SECONDS = 0.25
 BLIND_SECONDS = 5.0  # without a look at the database no stream goes on for longer
 MOST_KEPT = 10_000
-AT_ONCE = 500
+AT_ONCE = 100
 log = structlog.get_logger()
 
 Check = Callable[[Snapshot], Awaitable[None]]
@@ -124,10 +124,24 @@ class InUse:
             rows.update(zip(page, await asyncio.gather(*map(self._reader.submit, page)), strict=True))
         for row in filter(None, rows.values()):
             self._keep(row, began)
-        for stream in streams:
-            if stream in self._streams and (error := await _against(stream, rows[stream.connection_id])) is not None:
-                self._streams.discard(stream)
-                stream.stop(error)
+        blind: list[DatabaseUnavailable] = []
+        async with asyncio.TaskGroup() as together:  # what checks wait for they share, and none waits for another's
+            for number, stream in enumerate(streams):
+                together.create_task(self._judge(stream, rows[stream.connection_id], blind))
+                if number % AT_ONCE == 0:
+                    await asyncio.sleep(0)
+        if blind:
+            raise blind[0]
+
+    async def _judge(self, stream: _Stream, row: Snapshot | None, blind: list[DatabaseUnavailable]) -> None:
+        try:
+            error = await _against(stream, row)
+        except DatabaseUnavailable as unavailable:
+            blind.append(unavailable)
+            return
+        if error is not None and stream in self._streams:
+            self._streams.discard(stream)
+            stream.stop(error)
 
     def _stop_all(self, error: BrokerError) -> None:
         streams, self._streams = self._streams, set()
@@ -146,9 +160,9 @@ async def _against(stream: _Stream, row: Snapshot | None) -> BrokerError | None:
 
     A check that breaks ends its own stream, and hides no other one.
     """
+    if row is None:
+        return NotFound()
     try:
-        if row is None:
-            raise NotFound
         require_usable(row)
         await stream.check(row)
     except DatabaseUnavailable:

@@ -62,7 +62,7 @@ def request_head(request: WireRequest) -> bytes:
     lines = [b"%b: %b\r\n" % one for one in request.headers]
     head = b"%b %b HTTP/1.1\r\n%b" % (request.method, request.target, b"".join(lines))
     names = [name.lower() for name, _ in request.headers]
-    one_line_each = head.count(b"\n") == len(names) + 1 and not any(b":" in name for name in names)
+    one_line_each = head.count(b"\n") == len(names) + 1 and b":" not in b"".join(names)
     if not one_line_each or not _REQUEST.fullmatch(head) or not _OURS.isdisjoint(names):
         raise InternalError("The request to the provider is not well-formed; it was not sent")
     return head + _framing_of(request)

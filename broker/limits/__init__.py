@@ -5,6 +5,7 @@ from __future__ import annotations
 from broker.limits.addresses import AddressLimiter, client_address, limited_as
 from broker.limits.breakers import BreakerRule, Breakers, BreakerState, Pass
 from broker.limits.rates import Rate, Rates
+from broker.limits.windows import rate_per_second
 
 __all__ = [
     "AddressLimiter",
@@ -16,4 +17,5 @@ __all__ = [
     "Rates",
     "client_address",
     "limited_as",
+    "rate_per_second",
 ]

@@ -21,7 +21,7 @@ class BreakerRule:
 
     It opens with the ``failure_threshold``-th failure in a window of ``window_seconds`` that begins with a first failure,
     unless more calls of that window succeeded than failed: a busy upstream with a few errors is not a broken one.
-    ``recovery_seconds`` later one probe may go.
+    ``recovery_seconds`` later one probe may go, and the next one when it has said nothing for as long.
     """
 
     failure_threshold: int
@@ -35,9 +35,9 @@ class BreakerRule:
 
 
 class _Circuit:
-    """What is known of one key. ``turn`` counts changes of state: who entered before the last one has no say any more."""
+    """What is known of one key. ``turn`` counts changes of state and probes: who entered before the last one has no say."""
 
-    __slots__ = ("began_at", "failures", "open_until", "probing", "successes", "turn")
+    __slots__ = ("began_at", "failures", "open_until", "probe_until", "successes", "turn")
 
     def __init__(self) -> None:
         self.turn = 0
@@ -48,12 +48,17 @@ class _Circuit:
         self.turn += 1
         self.began_at, self.failures, self.successes = -math.inf, 0, 0
         self.open_until: float | None = None
-        self.probing = False
+        self.probe_until = -math.inf
 
     def open(self, until: float) -> None:
         """Refuse everybody until then."""
         self.turn += 1
-        self.open_until, self.probing = until, False
+        self.open_until, self.probe_until = until, -math.inf
+
+    def begin_probe(self, until: float) -> None:
+        """Refuse everybody else until then: a call that lasts (a stream) must not keep the others out meanwhile."""
+        self.turn += 1
+        self.probe_until = until
 
     def state(self, now: float) -> BreakerState:
         """Return the state; it is half open once the time is over, until a probe decided."""
@@ -102,7 +107,7 @@ class Pass:
     def left(self) -> None:
         """Say that the call shows nothing (cancelled, or never sent): the next caller may probe."""
         if self._has_a_say() and self.is_probe:
-            self._circuit.probing = False
+            self._circuit.probe_until = -math.inf
 
     def __enter__(self) -> Self:
         return self
@@ -134,18 +139,20 @@ class Breakers:
     def enter(self, key: Hashable, rule: BreakerRule) -> Pass:
         """Return the leave to make one call, or raise ``CircuitOpen`` with Retry-After.
 
-        When the recovery time is over, exactly one caller at a time gets a leave, as a probe. The rule may change between
-        calls: each call is judged by its own.
+        When the recovery time is over, exactly one caller at a time gets a leave, as a probe; it holds its place for another
+        ``recovery_seconds`` at most, and has no say once the next one probes. The rule may change between calls: each call
+        is judged by its own.
         """
         circuit = self._circuits.get(key)
         if circuit is None:
             circuit = self._new(key)
         if circuit.open_until is None:
             return Pass(circuit, rule, self._clock, is_probe=False)
-        remaining = circuit.open_until - self._clock()
-        if remaining > 0 or circuit.probing:
+        now = self._clock()
+        remaining = circuit.open_until - now
+        if remaining > 0 or now < circuit.probe_until:
             raise CircuitOpen(headers={"Retry-After": str(max(1, math.ceil(remaining)))})
-        circuit.probing = True
+        circuit.begin_probe(now + rule.recovery_seconds)
         return Pass(circuit, rule, self._clock, is_probe=True)
 
     def states(self) -> Mapping[Hashable, BreakerState]:

@@ -6,13 +6,15 @@ import asyncio
 from collections import OrderedDict, deque
 
 MAX_WAITING = 100
-Ticket = asyncio.Future[None]
+Ticket = asyncio.Future[bool]
 
 
 class Line:
     """Those who wait: first in, first out within a caller, and the callers in turn. Memory only, one event loop.
 
-    ``len()`` is how many wait; the owner refuses more than ``MAX_WAITING``.
+    ``len()`` is how many wait, ``MAX_WAITING`` at most. Who has few waiting always finds room: in a full line the newest of
+    whoever has most gives way, as long as the newcomer's caller still has no more than that one afterwards. So a caller is
+    pushed out only of what is beyond an even share of the line.
     """
 
     def __init__(self) -> None:
@@ -28,15 +30,20 @@ class Line:
         own = len(self._tickets.get(caller, ()))
         return own + sum(min(len(queue), own) for name, queue in self._tickets.items() if name != caller)
 
-    def join(self, caller: str) -> Ticket:
-        """Stand at the end of one's own queue; the ticket is done when it is one's turn."""
+    def join(self, caller: str) -> Ticket | None:
+        """Stand at the end of one's own queue; None where there is no room.
+
+        The ticket is done with True when it is one's turn, and with False when it was pushed out.
+        """
+        if self._count >= MAX_WAITING and not self._made_room(caller):
+            return None
         ticket: Ticket = asyncio.get_running_loop().create_future()
         self._tickets.setdefault(caller, deque()).append(ticket)
         self._count += 1
         return ticket
 
     def leave(self, caller: str, ticket: Ticket) -> None:
-        """Take back a ticket; nothing when it was its turn already."""
+        """Take back a ticket; nothing when it was its turn already, or it was pushed out."""
         queue = self._tickets.get(caller)
         if queue is None or ticket not in queue:
             return
@@ -56,5 +63,15 @@ class Line:
             else:
                 del self._tickets[caller]
             if not ticket.done():  # one that was given up and has not left yet takes no turn
-                ticket.set_result(None)
+                ticket.set_result(True)
                 return
+
+    def _made_room(self, caller: str) -> bool:
+        longest = max(self._tickets.values(), key=len)
+        if len(self._tickets.get(caller, ())) + 1 >= len(longest):  # an exchange of places would go on for ever
+            return False
+        newest = longest.pop()  # the queue keeps another one: it was longer than 1
+        self._count -= 1
+        if not newest.done():
+            newest.set_result(False)
+        return True

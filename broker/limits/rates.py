@@ -78,9 +78,9 @@ class Rates:
         """Count a call of ``key``, at once or after waiting in line for at most ``wait_seconds``.
 
         Raises ``RateLimited`` with the seconds after which it is worth coming again: when the wait would be longer (at
-        once, where that is certain) or ``MAX_WAITING`` wait already. Of those who wait the callers take turns, each
-        caller's own first in, first out; nobody overtakes them. ``rate`` None: only pauses hold. Nothing is counted for
-        who is refused or leaves; who is cancelled in the very moment of his turn has used it up.
+        once, where that is certain) or the line is full, also while waiting: see ``Line``. Of those who wait the callers
+        take turns, each caller's own first in, first out; nobody overtakes them. ``rate`` None: only pauses hold. Nothing
+        is counted for who is refused or leaves; who is cancelled in the very moment of his turn has used it up.
         """
         place = self._places.get(key)
         if place is None:
@@ -108,10 +108,6 @@ class Rates:
         if seconds > 0:
             place.paused_until = max(place.paused_until, self._clock() + min(seconds, MAX_PAUSE_SECONDS))
 
-    def waiting(self) -> int:
-        """Return how many calls stand in line, over all keys."""
-        return sum(len(place.line) for place in self._places.values())
-
     async def aclose(self) -> None:
         """Stop serving the lines (who still stands there is refused at the end of his wait) and leave Redis."""
         tasks = [place.serving for place in self._places.values() if place.serving is not None]
@@ -138,19 +134,21 @@ class Rates:
     ) -> None:
         size, window = (rate.max_requests, rate.window_seconds) if rate is not None else (MAX_WAITING, 0.0)
         at_best = wait + place.line.before(caller) // size * window
-        if len(place.line) >= MAX_WAITING or at_best > wait_seconds:
+        ticket = place.line.join(caller) if at_best <= wait_seconds else None
+        if ticket is None:
             raise RateLimited(retry_after_seconds=math.ceil(at_best))
-        ticket = place.line.join(caller)
         if place.serving is None:
             place.ready_at = self._clock() + wait
             place.serving = asyncio.create_task(self._serve(key, place))
         try:
             async with asyncio.timeout(wait_seconds):
-                await ticket
+                in_turn = await ticket
         except TimeoutError:
-            raise RateLimited(retry_after_seconds=math.ceil(place.ready_at - self._clock())) from None
+            in_turn = False
         finally:
             place.line.leave(caller, ticket)
+        if not in_turn:
+            raise RateLimited(retry_after_seconds=math.ceil(place.ready_at - self._clock()))
 
     async def _serve(self, key: str, place: _Place) -> None:
         """Let those who wait in, one after the other, as places become free; ends with the line."""

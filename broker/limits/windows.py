@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal
 
 MAX_REQUESTS = 100_000
@@ -27,6 +28,22 @@ class Rate:
             raise ValueError("a rate takes 1 to 100,000 requests in at most a day")
         if self.strategy not in {"sliding", "fixed"}:
             raise ValueError("a strategy is sliding or fixed")
+
+
+def rate_per_second(per_second: float) -> Rate | None:
+    """Return the rate of ``per_second`` calls: 0 is none, else 0.01 to 10,000 (``ValueError`` beyond). Pure.
+
+    From 1 on it is a whole number of calls in 1 to 10 whole seconds, the fewest that come within 5 % (2.5 is 5 in 2 s), since
+    shared windows are whole seconds; below 1 it is one call in as long as it takes.
+    """
+    if per_second == 0:
+        return None
+    if not 0.01 <= per_second <= 10_000:
+        raise ValueError("a rate takes 0.01 to 10,000 calls in a second")
+    if per_second < 1:
+        return Rate(1, 1 / per_second)
+    share = Fraction(per_second).limit_denominator(10)
+    return Rate(share.numerator, share.denominator)
 
 
 class SlidingWindow:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from broker.egress.calls import Fields, WireAnswer
 from broker.errors import UpstreamInvalid
+from broker.listening import BARE
 from broker.proxy.coding import Decoder, decoder_for
 from broker.proxy.fields import answer_fields
 from broker.proxy.scrub import Forms, Scrubber
@@ -16,6 +18,10 @@ Send = Callable[[dict[str, Any]], Awaitable[None]]
 BODILESS = frozenset({204, 304})
 START = "http.response.start"
 BODY = "http.response.body"
+
+
+class ReaderStalled(Exception):
+    """The caller takes nothing more of its answer: it must not hold connection and credential for ever."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +55,7 @@ async def pass_on(
 
     What cannot be sent on raises before the head is out where that can be known, else in the middle: the caller of this must
     then end the connection, so that what came does not pass as whole. ``passed`` is kept up to date. Raises UpstreamInvalid
-    (a coding that is not decoded, too many bytes), OutcomeUnknown, and whatever ``send`` raises.
+    (a coding that is not decoded, too many bytes), OutcomeUnknown, ReaderStalled, and whatever ``send`` raises.
     """
     has_body = method != "HEAD" and answer.status not in BODILESS
     decoder = decoder_for(_coding(answer.headers)) if has_body else None
@@ -57,7 +63,7 @@ async def pass_on(
     fields = _scrubbed(answer_fields(answer.headers, rewrite=rewrite), scrubber, decoded=decoder is not None)
     if has_body and answer.length is not None and answer.length > limits.most_bytes:
         raise UpstreamInvalid("The provider's answer is too large")
-    start: dict[str, Any] = {"type": START, "status": answer.status, "headers": [*fields, *own], "broker.bare": True}
+    start: dict[str, Any] = {"type": START, "status": answer.status, "headers": [*fields, *own], BARE: True}
     if not has_body or (answer.whole is not None and decoder is None):
         await _send_whole(answer, start, scrubber, has_body=has_body, send=send, passed=passed)
         return
@@ -68,8 +74,16 @@ async def pass_on(
     await send({"type": BODY, "body": b"", "more_body": True})  # the head at once: a stream may begin with a pause
     async for piece in _pieces(answer, decoder, limits, passed):
         if out := scrubber.feed(piece):
-            await send({"type": BODY, "body": out, "more_body": True})
-    await send({"type": BODY, "body": scrubber.finish(), "more_body": False})
+            await _sent(send, {"type": BODY, "body": out, "more_body": True}, limits)
+    await _sent(send, {"type": BODY, "body": scrubber.finish(), "more_body": False}, limits)
+
+
+async def _sent(send: Send, message: dict[str, Any], limits: Limits) -> None:
+    try:
+        async with asyncio.timeout(limits.idle_seconds):
+            await send(message)
+    except TimeoutError:
+        raise ReaderStalled from None
 
 
 async def _send_whole(

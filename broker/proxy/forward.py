@@ -10,11 +10,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field, replace
-from urllib.parse import unquote_plus
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from broker import policy
 from broker.audit import Audit, Entry
@@ -25,23 +23,23 @@ from broker.credentials.last_use import LastUse
 from broker.credentials.snapshots import Snapshot
 from broker.credentials.usable import require_usable
 from broker.egress import NotSent, OutcomeUnknown, UploadStalled
-from broker.egress.calls import Calls, Fields, WireAnswer, WireRequest
+from broker.egress.calls import Calls, WireAnswer
 from broker.errors import (
     AuditUnavailable,
     BrokerError,
     Forbidden,
-    InternalError,
     InvalidRequest,
     ProviderUnavailable,
     UpgradeUnsupported,
     UpstreamTimeout,
 )
-from broker.integrations import Configured, Integrations
+from broker.integrations import Integrations
 from broker.limits import Breakers, Rate, Rates
 from broker.policy import CallDecision, Principal, Target
-from broker.proxy.fields import Asked
+from broker.proxy.disguised import also_asked, strictest
 from broker.proxy.heads import Head, Heads
 from broker.proxy.outcomes import CallOutcome, Outcomes
+from broker.proxy.outgoing import loan_of, material_of, signed
 from broker.proxy.planning import Plan, Plans
 from broker.proxy.retrying import (
     RetryBudget,
@@ -53,14 +51,16 @@ from broker.proxy.retrying import (
     next_step,
 )
 from broker.proxy.scrub import Forms, forms_of
-from broker.proxy.target import CallTarget, Upstream, joined
+from broker.proxy.target import joined
+from broker.proxy.underway import Inbound, Loan, Ready, Underway
 from broker.refresh import Ask
 from broker.tracing import Span, Tracing
 from providers.rates import observed
-from providers.spec import Call, Material, Signed
 
 CONNECT_SECONDS = 5.0
 IDLE_SECONDS = 120.0
+FAIR_SHARE = 0.9  # of the integration's time: what went by before the attempt is not the caller's doing
+FAIR_SECONDS = 1.0  # with less time than this, that no connection came in it says nothing of an upstream
 RECHECK_SECONDS = 0.3
 CALLER_WAIT_SECONDS = 1.0
 MOST_KEYS = 10_000
@@ -68,65 +68,6 @@ RATE_READ_SECONDS = 1.0
 FORGET_SECONDS = 10.0
 WENT_WELL = Seen(200)
 NOT_SECRET = frozenset({"username", "region", "access_key_id"})  # answers tell them for good reasons
-
-
-@dataclass(slots=True)
-class Inbound:
-    """A request as it came in. ``body``: all of it, or its pieces, or None; ``length``: of pieces, where it is known.
-
-    The body is put in when the call was let in.
-    """
-
-    method: str
-    target: CallTarget
-    headers: Sequence[tuple[bytes, bytes]] = field(repr=False)
-    peer: str | None
-    request_id: str
-    body: bytes | AsyncIterator[bytes] | None = field(default=None, repr=False)
-    length: int | None = None
-
-
-@dataclass(slots=True, eq=False)
-class Ready:
-    """A connection made ready for calls to one of its hosts: good for as long as ``row`` is what is known of it.
-
-    ``lent``, with its digest for the audit and its forms for the scrubber, is there once a call has needed it.
-    """
-
-    row: Snapshot
-    configured: Configured
-    plan: Plan
-    lent: Lent | None = field(default=None, repr=False)
-    digest: str = ""
-    forms: Forms | None = field(default=None, repr=False)
-
-
-@dataclass(slots=True)
-class Underway:
-    """A call that was let in, as far as it has come."""
-
-    inbound: Inbound
-    principal: Principal
-    row: Snapshot
-    ready: Ready
-    upstream: Upstream
-    asked: Asked
-    fields: Fields = field(repr=False)
-    span: Span = field(repr=False)
-    deadline: float
-    looked_at: float
-    observed: str | None = None
-    intent_id: str | None = None
-    attempts: int = 0
-    renewed: bool = False
-    upstream_seconds: float = 0.0
-    status: int | None = None
-    rate_remaining: int | None = None
-
-    @property
-    def plan(self) -> Plan:
-        """How calls to this host are made."""
-        return self.ready.plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,14 +120,16 @@ class Forwarding:
         self._budget = RetryBudget()
         self._forms: dict[tuple[str, str], Forms] = {}
         self._read_at: dict[str, float] = {}
+        self._resting: set[str] = set()  # connections whose provider asked them to rest, at some time
+        self._refused: set[str] = set()  # digests of credentials that were refused right after their renewal
 
     # Who, what, and whether they may
 
     async def head(self, headers: Sequence[tuple[bytes, bytes]], peer: str | None) -> Head:
         """Return what is known of a request by its fields: who calls (Unauthenticated), believed for a moment."""
-        mark = self._heads.mark(headers, peer)
-        known = self._heads.known(mark)
-        return known if known is not None else self._heads.keep(mark, await self.identify(headers, peer))
+        mark, changes = self._heads.mark(headers, peer), self._callers.changes
+        known = self._heads.known(mark, changes)
+        return known if known is not None else self._heads.keep(mark, await self.identify(headers, peer), changes)
 
     async def identify(self, headers: Sequence[tuple[bytes, bytes]], peer: str | None) -> Principal:
         """Return who calls; the key may also stand where the vendors' own credentials do (Unauthenticated)."""
@@ -252,8 +195,16 @@ class Forwarding:
 
     async def _require_call(self, inbound: Inbound, principal: Principal, row: Snapshot) -> CallDecision:
         target = Target(row.integration, row.subject, row.tags)
-        called = inbound.target
-        decision = policy.allowed_call(principal, target, method=inbound.method, host=called.host, raw_path=called.path)
+        called, method = inbound.target, inbound.method
+        decision = policy.allowed_call(principal, target, method=method, host=called.host, raw_path=called.path)
+        provider = self._integrations.catalog.get(row.provider)
+        if provider is not None and (provider.method_params or provider.path_headers):
+            more = also_asked(called, inbound.headers, provider)
+            judged = [
+                policy.allowed_call(principal, target, method=one, host=called.host, raw_path=path)
+                for one, path in more
+            ]
+            decision = strictest([decision, *judged])
         if decision.permitted:
             return decision
         await self._note(self._entry(inbound, principal, row, outcome="denied", refused=str(decision.denial)))
@@ -287,51 +238,82 @@ class Forwarding:
         answer came ProviderUnavailable or UpstreamTimeout: those say whether the call may have been received.
         """
         await self._take_turn(call)
-        if call.ready.lent is None:
-            await self._lend(call.ready, Ask())
+        call.loan = call.ready.loan or await self._lend(call.ready, Ask())
         await self._record_intent(call)
         self._budget.earn(call.row.integration)
         while True:
             seen, answer, failure = await self._attempt(call)
-            if answer is not None and answer.status < 400:
-                return answer
-            step = next_step(seen, self._standing(call), self._rule(call))
-            if step == "renew" and answer is not None:
-                step = "repeat" if await self._renew(call) else "give"
-            elif step == "repeat":
-                step = "repeat" if await self._wait(call, seen) else "give"
-            if step == "give":
-                if answer is None:
-                    raise _told(failure)
-                return answer
-            if answer is not None:
+            if answer is None:
+                if not await self._goes_again(call, seen, None):
+                    raise _told(failure, perhaps_received=call.perhaps_received)
+                continue
+            try:
+                if answer.status < 400 or not await self._goes_again(call, seen, answer):
+                    return answer
+            except BaseException:
                 await answer.aclose()
+                raise
 
-    async def _lend(self, ready: Ready, ask: Ask) -> None:
+    async def _goes_again(self, call: Underway, seen: Seen, answer: WireAnswer | None) -> bool:
+        """Say whether the call is made once more; all that has to happen before is done then, and ``answer`` is closed."""
+        step = next_step(seen, self._standing(call), self._rule(call))
+        pause_seconds = self._pause_seconds(call, seen) if step == "repeat" else 0.0
+        if step == "give" or pause_seconds is None or (step == "renew" and not await self._renew(call)):
+            return False
+        if answer is not None:
+            await answer.aclose()  # first: it would hold its connection for as long as the pause
+        if step == "repeat":
+            await asyncio.sleep(pause_seconds)
+            await self._take_integrations_turn(call)
+        return True
+
+    async def _lend(self, ready: Ready, ask: Ask) -> Loan:
         """Open the credential, renewed if ``ask`` or its age wants it."""
-        ready.lent = await self._credentials.lend(ready.row, ready.configured, ask, ready.row.at)
-        ready.digest = self._audit.digest(ready.lent.marker)
+        lent = await self._credentials.lend(ready.row, ready.configured, ask, ready.row.at)
+        loan = Loan(lent, self._audit.digest(lent.marker), self._forms_of(lent, ready))
+        if self._keep_seconds > 0:
+            ready.loan = loan
+        return loan
+
+    def _forms_of(self, lent: Lent, ready: Ready) -> Forms:
+        """Return what an answer must not have, from memory for some seconds: making it takes up to a millisecond."""
+        key = (ready.row.id, lent.marker)
+        known = self._forms.get(key)
+        if known is None:
+            hidden = lent.fields.keys() - NOT_SECRET or lent.fields.keys()  # a key may stand as a user name
+            texts = [lent.fields[name].reveal() for name in hidden]
+            if ready.plan.signer.secrets is not None:
+                texts += ready.plan.signer.secrets(material_of(lent, ready))
+            known = forms_of(texts)
+            if self._keep_seconds > 0:
+                self._forms[key] = known
+        return known
 
     async def _take_turn(self, call: Underway) -> None:
         """Wait for the caller's and the integration's turn, within the call's deadline."""
         caller = call.principal.caller_id
-        left = max(0.0, call.deadline - time.monotonic())
         if self._bounds.caller_rate is not None:
-            wait = min(left, CALLER_WAIT_SECONDS)
+            wait = min(_left(call), CALLER_WAIT_SECONDS)
             await self._bounds.rates.take(
                 f"caller {caller}", self._bounds.caller_rate, caller=caller, wait_seconds=wait
             )
-            left = max(0.0, call.deadline - time.monotonic())
-        await self._bounds.rates.take(call.plan.key, call.plan.rate, caller=caller, wait_seconds=left)
+        await self._take_integrations_turn(call)
+
+    async def _take_integrations_turn(self, call: Underway) -> None:
+        """As each attempt does: where the provider told this connection to rest, that is waited for first."""
+        caller, rates = call.principal.caller_id, self._bounds.rates
+        if call.row.id in self._resting:
+            await rates.take(f"{call.plan.key} {call.row.id}", None, caller=caller, wait_seconds=_left(call))
+        await rates.take(call.plan.key, call.plan.rate, caller=caller, wait_seconds=_left(call))
 
     async def _record_intent(self, call: Underway) -> None:
-        detail: dict[str, object] = {"token": call.ready.digest}
+        detail: dict[str, object] = {"token": loan_of(call).digest}
         if call.asked.reason:
             detail["reason"] = call.asked.reason
         if call.observed is not None:
             detail["would_be_denied"] = call.observed
         entry = self._entry(call.inbound, call.principal, call.row, outcome="intent", **detail)
-        call.intent_id = await self._audit.record(entry)
+        call.intents.append(await self._audit.record(entry))
         self._last_use.note(call.row, call.row.at)
 
     async def _attempt(self, call: Underway) -> tuple[Seen, WireAnswer | None, BrokerError | None]:
@@ -347,13 +329,20 @@ class Forwarding:
                 answer = await self._send(call, span)
             except UploadStalled:
                 span.end(None, error=InvalidRequest.code)
+                call.perhaps_received = True
                 raise InvalidRequest("the body did not come in time; what came of it was sent on") from None
             except (NotSent, OutcomeUnknown) as error:
-                leave.failed()
+                call.perhaps_received |= isinstance(error, OutcomeUnknown)
+                if _is_the_upstreams(error, call.deadline - began, call.plan):
+                    leave.failed()
                 span.end(None, error=error.code)
                 return Seen(None, sent=not isinstance(error, NotSent)), None, error
+            except BaseException:
+                span.end(None, error="not_made")
+                raise
             finally:
                 call.upstream_seconds = time.monotonic() - began
+            call.perhaps_received = True
             span.end(answer.status)
             if answer.status >= 500 and call.plan.counts_errors:
                 leave.failed()
@@ -364,40 +353,19 @@ class Forwarding:
     async def _send(self, call: Underway, span: Span) -> WireAnswer:
         left = call.deadline - time.monotonic()
         if left <= 0:
-            raise OutcomeUnknown("the call's time was over before it was made", timed_out=True)
+            raise NotSent("The call's time was over before it was made")
         return await self._calls.open(
-            self._signed(call, span.traceparent_out()),
+            signed(call, span.traceparent_out()),
             connect_seconds=min(CONNECT_SECONDS, left),
             headers_seconds=left,
             idle_seconds=IDLE_SECONDS,
         )
 
-    def _signed(self, call: Underway, trace: Fields) -> WireRequest:
-        """Return the request as it goes out; nothing touches it after the signer."""
-        inbound, upstream = call.inbound, call.upstream
-        signer = call.plan.signer
-        body = inbound.body if isinstance(inbound.body, bytes) else None
-        if signer.whole_body and inbound.body is None:
-            body = b""
-        query = _without_params(inbound.target.query, signer.params)
-        to_sign = Call(
-            method=inbound.method,
-            scheme=upstream.scheme,
-            authority=upstream.authority.decode("ascii"),
-            path=upstream.path,
-            query=query or b"",
-            headers=(*call.fields, *trace) if trace else call.fields,
-            body=body,
-        )
-        try:
-            signed = signer.sign(to_sign, _material(call))
-        except ValueError as error:
-            raise InvalidRequest(str(error)) from None
-        return _wire(call, to_sign.headers, signed, query)
-
     def _seen(self, call: Underway, answer: WireAnswer) -> Seen:
         """Return what an answer shows; of those that went well, how many calls are left is read once a second."""
         call.status, now = answer.status, time.monotonic()
+        if answer.status == 401 and call.renewed:
+            self._note_refused(loan_of(call).lent.marker)
         if answer.status < 400:
             if now - self._read_at.get(call.plan.key, 0.0) < RATE_READ_SECONDS:
                 return WENT_WELL
@@ -408,8 +376,19 @@ class Forwarding:
         if told.remaining is not None:
             call.rate_remaining = told.remaining
         if told.limited and told.rest_seconds:
-            self._bounds.rates.pause(call.plan.key, told.rest_seconds)
+            self._rest(call, told.rest_seconds)
         return Seen(answer.status, limited=told.limited, rest_seconds=told.rest_seconds)
+
+    def _rest(self, call: Underway, seconds: float) -> None:
+        """Hold later calls back: this connection's, or all, where the provider counts for the whole app."""
+        limits = call.ready.configured.provider.rate_headers
+        if limits is not None and limits.shared:
+            self._bounds.rates.pause(call.plan.key, seconds)
+            return
+        if len(self._resting) >= MOST_KEYS:
+            self._resting.clear()
+        self._resting.add(call.row.id)
+        self._bounds.rates.pause(f"{call.plan.key} {call.row.id}", seconds)
 
     # Once more
 
@@ -422,36 +401,42 @@ class Forwarding:
             attempts=call.attempts,
             repeatable=is_repeatable(call.inbound.method, has_key=call.asked.idempotency_key),
             replayable=call.inbound.body is None or isinstance(call.inbound.body, bytes),
-            renewable=call.row.refreshable and not call.renewed,
+            renewable=call.row.refreshable and not call.renewed and loan_of(call).lent.marker not in self._refused,
             left_seconds=call.deadline - time.monotonic(),
         )
 
     async def _renew(self, call: Underway) -> bool:
         """Renew the credential that was refused, and record that the new one is about to leave; False: there is none."""
         call.renewed = True
-        before = _lent(call).marker
+        before = loan_of(call).lent.marker
         try:
-            ready = replace(call.ready, row=await self._in_use.anew(call.row.id), lent=None, forms=None)
-            await self._lend(ready, Ask(not_token_sha256=before))
+            ready = replace(call.ready, row=await self._in_use.anew(call.row.id), loan=None)
+            loan = await self._lend(ready, Ask(not_token_sha256=before))
             call.row = await self._in_use.anew(call.row.id)
         except BrokerError:
             return False  # what the upstream said is passed on
-        call.ready = ready
-        if _lent(call).marker == before:
+        if loan.lent.marker == before:
             return False
+        call.ready, call.loan = ready, loan
         await self._record_intent(call)
         return True
 
-    async def _wait(self, call: Underway, seen: Seen) -> bool:
-        """Wait before a further attempt; False when that would take too long, or there were too many already."""
+    def _note_refused(self, marker: str) -> None:
+        """Remember that a credential was refused although it had just been renewed: that is not what is wrong.
+
+        Else every call to a place that always says 401 would renew it, and each of that ends the one before.
+        """
+        if len(self._refused) >= MOST_KEYS:
+            self._refused.clear()
+        self._refused.add(marker)
+
+    def _pause_seconds(self, call: Underway, seen: Seen) -> float | None:
+        """Return how long to wait before a further attempt; None when that is too long, or there were too many already."""
         rule = self._rule(call)
         seconds = delay_seconds(seen, call.attempts, rule, random_share=random.random())  # noqa: S311 - jitter
         if seconds > rule.max_delay_seconds or time.monotonic() + seconds >= call.deadline:
-            return False
-        if not self._budget.spend(call.row.integration):
-            return False
-        await asyncio.sleep(seconds)
-        return True
+            return None
+        return seconds if self._budget.spend(call.row.integration) else None
 
     async def _look_again(self, call: Underway) -> None:
         """Find out once more who calls and whether they may, where the last look is too old to send a credential on."""
@@ -469,97 +454,28 @@ class Forwarding:
 
     # Afterwards
 
-    def forms(self, call: Underway) -> Forms:
-        """Return the forms of this call's credential that an answer must not have; kept while it is the same one."""
-        ready = call.ready
-        if ready.forms is None:
-            ready.forms = self._known_forms(call)
-        return ready.forms
-
-    def _known_forms(self, call: Underway) -> Forms:
-        lent = _lent(call)
-        key = (call.row.id, lent.marker)
-        known = self._forms.get(key)
-        if known is None:
-            texts = [one.reveal() for name, one in lent.fields.items() if name not in NOT_SECRET]
-            if call.plan.signer.secrets is not None:
-                texts += call.plan.signer.secrets(_material(call))
-            known = forms_of(texts)
-            if self._keep_seconds > 0:
-                self._forms[key] = known
-        return known
-
     def finished(self, call: Underway, code: str | None, seconds: float) -> None:
         """Note what the call came to; in the audit nothing of a call whose intent was not recorded."""
         call.span.end(call.status if code is None else None, error=code)
-        if call.intent_id is not None:
-            ms = round(seconds * 1000)
-            self._outcomes.note(CallOutcome(call.intent_id, call.status, code, call.attempts, ms))
+        ms = round(seconds * 1000)
+        for intent_id in call.intents:  # a renewed credential had one of its own
+            self._outcomes.note(CallOutcome(intent_id, call.status, code, call.attempts, ms))
 
 
-def _lent(call: Underway) -> Lent:
-    if call.ready.lent is None:
-        raise InternalError  # never: a defect of ours must not send a call without a credential
-    return call.ready.lent
+def _left(call: Underway) -> float:
+    return max(0.0, call.deadline - time.monotonic())
 
 
-def _material(call: Underway) -> Material:
-    return Material(
-        fields=_lent(call).fields,
-        variables=call.ready.configured.variables,
-        client_id=call.row.client_id,
-        now=time.time(),
-        unique=secrets.token_hex(16),
-    )
+def _is_the_upstreams(failure: NotSent | OutcomeUnknown, granted_seconds: float, plan: Plan) -> bool:
+    """Say whether a failure tells of the upstream: else callers that grant little time could open everybody's breaker."""
+    if isinstance(failure, OutcomeUnknown) and failure.timed_out:
+        return granted_seconds >= FAIR_SHARE * plan.timeout_seconds
+    return isinstance(failure, OutcomeUnknown) or granted_seconds >= FAIR_SECONDS
 
 
-def _wire(call: Underway, fields: Fields, signed: Signed, query: bytes | None) -> WireRequest:
-    """Return the request line, fields and body as they stand on the wire."""
-    inbound, upstream = call.inbound, call.upstream
-    query = signed.query if signed.query is not None else query
-    standing = is_repeatable(inbound.method, has_key=call.asked.idempotency_key)
-    body = signed.body if signed.body is not None else inbound.body
-    if signed.rewriter is not None:
-        body = _rewritten(inbound.body, signed)
-    return WireRequest(
-        scheme=upstream.scheme,
-        host=upstream.host,
-        port=upstream.port,
-        method=inbound.method.encode(),
-        target=upstream.path if query is None else upstream.path + b"?" + query,
-        headers=((b"host", upstream.authority), *fields, *signed.headers),
-        body=body,
-        length=inbound.length,
-        idempotent=standing,
-    )
-
-
-async def _rewritten(body: bytes | AsyncIterator[bytes] | None, signed: Signed) -> AsyncIterator[bytes]:
-    rewriter = signed.rewriter
-    if rewriter is None:
-        return
-    try:
-        if isinstance(body, bytes):
-            yield rewriter.feed(body)
-        elif body is not None:
-            async for chunk in body:
-                yield rewriter.feed(chunk)
-        yield rewriter.finish()
-    except ValueError as error:
-        raise InvalidRequest(str(error)) from None
-
-
-def _without_params(query: bytes | None, params: Sequence[str]) -> bytes | None:
-    """Return the query without the parameters that the signer owns, however their names are written."""
-    if not params or not query:
-        return query
-    kept = [one for one in query.split(b"&") if unquote_plus(one.partition(b"=")[0].decode("latin-1")) not in params]
-    return b"&".join(kept)
-
-
-def _told(failure: BrokerError | None) -> BrokerError:
-    """Return what the caller is told where no answer came; whether the call may have been received is always said."""
-    unknown = isinstance(failure, OutcomeUnknown)
+def _told(failure: BrokerError | None, *, perhaps_received: bool) -> BrokerError:
+    """Return what the caller is told where no answer came; ``perhaps_received``: by any of its attempts. Always said."""
+    unknown = perhaps_received
     timed_out = isinstance(failure, OutcomeUnknown) and failure.timed_out
     said = failure.detail if failure is not None else "The provider did not answer"
     if unknown:

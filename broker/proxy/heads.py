@@ -21,6 +21,8 @@ Fields = tuple[tuple[bytes, bytes], ...]
 BELIEVED_SECONDS = 0.3  # besides the half second of ``Callers``: a revoked key is dead within one
 KEPT_SECONDS = 10.0
 MOST_KEPT = 1_024
+LONGEST = 8_192
+OF_ONE_REQUEST = frozenset({b"content-length", b"traceparent", b"tracestate"})  # and nothing here depends on them
 
 
 @dataclass(slots=True)
@@ -29,6 +31,7 @@ class Head:
 
     principal: Principal
     believed_until: float
+    changes: int  # of the callers of this process, when this one was found
     _asked: Asked | None = None
     _fields: dict[int, tuple[object, Fields]] = field(default_factory=dict, repr=False)
 
@@ -65,25 +68,31 @@ class Heads:
         self._forgetting: asyncio.TimerHandle | None = None
 
     def mark(self, headers: Sequence[tuple[bytes, bytes]], peer: str | None) -> bytes | None:
-        """Return what these fields from this peer are known by, None for fields that could be taken for others."""
-        whole = b"\0".join(chain.from_iterable(headers))
-        if whole.count(b"\0") != 2 * len(headers) - 1:
+        """Return what these fields from this peer are known by, None for those that could be taken for others, or are long."""
+        lasting = [one for one in headers if one[0] not in OF_ONE_REQUEST]
+        whole = b"\0".join(chain.from_iterable(lasting))
+        if whole.count(b"\0") != 2 * len(lasting) - 1 or len(whole) > LONGEST:
             return None
         return blake2b(b"%b\0%b" % (whole, (peer or "").encode()), key=self._key, digest_size=32).digest()
 
-    def known(self, mark: bytes | None) -> Head | None:
-        """Return the head, if it is known and its caller is still believed."""
+    def known(self, mark: bytes | None, changes: int) -> Head | None:
+        """Return the head, if it is known and its caller is still believed; ``changes``: of the callers by now."""
         head = self._known.get(mark) if mark is not None else None
-        return head if head is not None and time.monotonic() < head.believed_until else None
+        if head is None or head.changes != changes or time.monotonic() >= head.believed_until:
+            return None
+        return head
 
-    def keep(self, mark: bytes | None, principal: Principal) -> Head:
-        """Return the head of a caller that was just found, and remember it for some seconds."""
+    def keep(self, mark: bytes | None, principal: Principal, changes: int) -> Head:
+        """Return the head of a caller that was just found, and remember it for some seconds.
+
+        ``changes``: those of the callers from before it was looked for.
+        """
         until = time.monotonic() + BELIEVED_SECONDS
         head = self._known.get(mark) if mark is not None else None
         if head is not None:
-            head.principal, head.believed_until = principal, until
+            head.principal, head.believed_until, head.changes = principal, until, changes
             return head
-        head = Head(principal, until)
+        head = Head(principal, until, changes)
         if mark is not None and len(self._known) < MOST_KEPT:
             self._known[mark] = head
             if self._forgetting is None:

@@ -15,7 +15,7 @@ from broker.credentials.last_use import LastUse
 from broker.database import Database
 from broker.egress import Calls
 from broker.integrations import Integrations
-from broker.limits import Breakers, Rate, Rates
+from broker.limits import Breakers, Rates, rate_per_second
 from broker.proxy.forward import Bounds, Forwarding
 from broker.proxy.outcomes import Outcomes
 from broker.proxy.routes import App, ProxyRoute
@@ -85,7 +85,7 @@ async def open_proxy(
 def _bounds(settings: Settings, metrics: Metrics) -> Bounds:
     redis_url = settings.redis_url.reveal() if settings.redis_url is not None else None
     rates = Rates(redis_url, on_store_failure=metrics.rate_store_failure)
-    return Bounds(rates, Breakers(), caller_rate(settings.caller_calls_per_second))
+    return Bounds(rates, Breakers(), rate_per_second(settings.caller_calls_per_second))
 
 
 def key_headers(catalog: Mapping[str, Provider]) -> list[str]:
@@ -95,14 +95,8 @@ def key_headers(catalog: Mapping[str, Provider]) -> list[str]:
             header
             for provider in catalog.values()
             for signer in provider.signers.values()
+            if signer is not None
             for header in signer.headers
             if header != "authorization"
         }
     )
-
-
-def caller_rate(per_second: float) -> Rate | None:
-    """Return the rate of each caller; under one in a second it is counted over as long as one takes."""
-    if per_second <= 0:
-        return None
-    return Rate(max(1, round(per_second)), max(1.0, 1 / per_second))

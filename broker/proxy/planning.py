@@ -42,7 +42,7 @@ class Plan:
 def plan_of(configured: Configured, row: Snapshot, host: str) -> Plan:
     """Return the plan for a connection's calls to a named host.
 
-    NotFound: the integration has no host of that name; OriginChanged: the connection was not made for where it is now.
+    NotFound: the integration has no host of that name, or none for this type of credential; OriginChanged: the connection was not made for where it is now.
     """
     name = f"api:{host}"
     if host not in configured.endpoints.hosts:
@@ -50,6 +50,8 @@ def plan_of(configured: Configured, row: Snapshot, host: str) -> Plan:
     if row.pins.get(name) != configured.endpoints.origins.get(name):
         raise OriginChanged
     signer = signer_of(configured.provider, row.credential_type, host)
+    if signer is None:
+        raise NotFound("this integration has no such host for this credential")
     config = configured.config
     return Plan(
         base_url=configured.endpoints.hosts[host],

@@ -30,15 +30,16 @@ from broker.errors import (
     PayloadTooLarge,
     problem_of,
 )
-from broker.proxy.answering import BODY, START, Limits, Passed, Send, own_fields, pass_on
+from broker.listening import CUT, RAW_TARGET
+from broker.proxy.answering import BODY, START, Limits, Passed, ReaderStalled, Send, own_fields, pass_on
 from broker.proxy.fields import Rewriter
-from broker.proxy.forward import IDLE_SECONDS, Forwarding, Inbound, Underway
+from broker.proxy.forward import IDLE_SECONDS, Forwarding
+from broker.proxy.outgoing import loan_of
 from broker.proxy.target import CallTarget, parse_hosted, parse_target
+from broker.proxy.underway import Inbound, Underway
 
 PREFIX: Final = b"/proxy/"
 TEMPLATE: Final = "/proxy/{connection_id}/{path}"
-RAW_TARGET: Final = "broker.raw_target"
-CUT: Final = "broker.cut"
 METHOD: Final = re.compile(r"[A-Z]{1,24}")
 NO_METHODS: Final = frozenset({"CONNECT", "TRACE"})
 WITH_BODY: Final = frozenset({"POST", "PUT", "PATCH"})
@@ -142,6 +143,7 @@ class ProxyRoute:
         self._proxy_domain = proxy_domain
         self._most_bytes = most_bytes
         self._running = 0
+        self._running_of: dict[str, int] = {}
         self._young: set[_Exchange] = set()  # begun since the last patrol
         self._older: set[_Exchange] = set()  # before it
         self._patrol: asyncio.TimerHandle | None = None
@@ -205,6 +207,19 @@ class ProxyRoute:
         if self._running > MOST_CALLS:
             raise Overloaded
 
+    def take_room(self, caller_id: str) -> None:
+        """Count a call of a caller, who may have half of the room (Overloaded); ``give_room`` has to follow."""
+        count = self._running_of.get(caller_id, 0)
+        if count >= MOST_CALLS // 2:
+            raise Overloaded("This caller has too many calls under way")
+        self._running_of[caller_id] = count + 1
+
+    def give_room(self, caller_id: str) -> None:
+        """Count it as over."""
+        self._running_of[caller_id] -= 1
+        if not self._running_of[caller_id]:
+            del self._running_of[caller_id]
+
     def target(self, scope: Any, raw: bytes, *, hosted: bool) -> CallTarget:  # noqa: ANN401
         """Return what is called (InvalidRequest, NotFound)."""
         if not hosted or self._proxy_domain is None:
@@ -262,6 +277,7 @@ class _Exchange:
         self._request_id = str(scope.get("state", {}).get("request_id", ""))
         self._body = RequestBody(receive, route.most_bytes)
         self._passed = Passed()
+        self._caller_id = ""
         self._call: Underway | None = None
         self._interruption = Interruption()
         self._watching: asyncio.Task[None] | None = None
@@ -276,6 +292,8 @@ class _Exchange:
             code = await self._guarded()
         finally:
             self._route.ended(self)
+            if self._caller_id:
+                self._route.give_room(self._caller_id)
             if self._following is not None:
                 self._following.__exit__(None, None, None)
             if self._watching is not None:
@@ -291,7 +309,7 @@ class _Exchange:
             if why is None:
                 raise
             return await self._failed(why)
-        except (BrokerError, ClientLeft) as error:
+        except (BrokerError, ClientLeft, ReaderStalled) as error:
             return await self._failed(error)
         except Exception as error:
             log.exception("proxy.defect", kind=type(error).__name__)
@@ -303,6 +321,8 @@ class _Exchange:
         self._route.require_room()
         method = self._scope["method"]
         head = await forwarding.head(self._headers, peer)
+        self._route.take_room(head.principal.caller_id)
+        self._caller_id = head.principal.caller_id
         try:
             _require_method(method)
             target = self._route.target(self._scope, self._raw, hosted=self._hosted)
@@ -331,7 +351,7 @@ class _Exchange:
         elif call.plan.signer.whole_body:
             inbound.body = await self._body.whole(SIGNED_BODY_BYTES)
         elif length is not None and length <= KEPT_BODY_BYTES:
-            inbound.body = await self._body.whole(KEPT_BODY_BYTES)
+            inbound.body, inbound.length = await self._body.whole(KEPT_BODY_BYTES), length
         else:
             inbound.body, inbound.length = self._body.pieces(), length
 
@@ -341,7 +361,7 @@ class _Exchange:
             answer,
             method=call.inbound.method,
             own=own,
-            forms=self._route.forwarding.forms(call),
+            forms=loan_of(call).forms,
             rewrite=self._route.rewriter(call, hosted=self._hosted),
             limits=Limits(IDLE_SECONDS, self._route.most_bytes),
             send=self._send,
@@ -377,8 +397,10 @@ class _Exchange:
 
     # The end
 
-    async def _failed(self, error: BrokerError | ClientLeft) -> str:
-        if isinstance(error, ClientLeft):
+    async def _failed(self, error: BrokerError | ClientLeft | ReaderStalled) -> str:
+        if isinstance(error, ReaderStalled):
+            await self._send({"type": CUT})
+        if isinstance(error, (ClientLeft, ReaderStalled)):
             return "client_left"
         if self._passed.started:
             await self._send({"type": CUT})

@@ -12,6 +12,7 @@ from broker.tracing.context import Fields, TraceContext, Value, trace_context
 __all__ = ["Span", "TraceContext", "Tracing", "trace_context"]
 
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+OTLP = frozenset({"otlp", "otlp_proto_http"})
 
 
 class Span(Protocol):
@@ -60,19 +61,26 @@ class _Passing:
 _NO_TRACE = _Passing(())
 
 
+def _wanted(environ: Mapping[str, str]) -> bool:
+    exporters = {name.strip().lower() for name in environ.get("OTEL_TRACES_EXPORTER", "").split(",")} - {""}
+    off = environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true"
+    return any(environ.get(name) for name in ENDPOINTS) and not off and (not exporters or bool(exporters & OTLP))
+
+
 class Tracing:
     """Makes spans where the environment names an OTLP collector (``ENDPOINTS``), else objects that only pass on.
 
-    The other standard ``OTEL_`` variables count too. Spans are sent by a thread of the SDK's, over HTTP with protobuf; a
-    collector that is slow or away costs spans, never a request. ``environ`` stands in for the process's environment where
-    it decides whether there is a collector; the SDK reads its variables from the process.
+    The other standard ``OTEL_`` variables count too; an ``OTEL_TRACES_EXPORTER`` without ``otlp`` sends nothing. Spans are
+    sent by a thread of the SDK's, over HTTP with protobuf; a collector that is slow or away costs spans, never a request.
+    ``environ`` stands in for the process's environment where it decides whether there is a collector; the SDK reads its
+    variables from the process.
     """
 
     def __init__(self, settings: Settings, environ: Mapping[str, str] | None = None) -> None:
         """Load the SDK only when it is wanted: it costs half a second and 20 MB."""
         environ = os.environ if environ is None else environ
         self._opener: _Opener | None = None
-        if any(environ.get(name) for name in ENDPOINTS) and environ.get("OTEL_SDK_DISABLED", "").lower() != "true":
+        if _wanted(environ):
             from broker.tracing.exporting import Exporting  # noqa: PLC0415 - see above
 
             self._opener = Exporting(settings, environ)

@@ -12,10 +12,11 @@ from sqlmodel import Session, select
 
 from broker.activity import Activity, CallDone, Tally, percentile, shown, stored, sweep
 from broker.activity.exposing import MOST_NAMES
+from broker.activity.sampling import MOST_INTEGRATIONS, MOST_LINES, Sample
 from broker.activity.tallies import BOUNDS_MS
 from broker.database import Database, now, open_database
 from broker.errors import DatabaseUnavailable
-from broker.models import CallLatest, CallLine, CallMinute, Connection
+from broker.models import CallLatest, CallLine, CallMinute, Connection, Integration
 from broker.telemetry import Metrics, new_metrics, render
 
 DONE = CallDone(
@@ -38,16 +39,20 @@ DONE = CallDone(
 FAILED = DONE._replace(status=None, code="upstream_timeout", attempts=3)
 
 
-async def _connection(database: Database, connection_id: str = "con_a") -> None:
+async def _integration(database: Database) -> None:
+    def work(session: Session) -> None:
+        at = now(session)
+        session.add(Integration(name="shop", provider="oidc", created_at=at, updated_at=at))
+
+    await database.transaction(work)
+
+
+async def _connection(database: Database) -> None:
+    await _integration(database)
+
     def work(session: Session) -> None:
         session.add(
-            Connection(
-                id=connection_id,
-                integration="shop",
-                provider="oidc",
-                status="active",
-                created_at=now(session),
-            )
+            Connection(id="con_a", integration="shop", provider="oidc", status="active", created_at=now(session))
         )
 
     await database.transaction(work)
@@ -158,6 +163,7 @@ async def test_a_call_has_a_class_a_level_and_a_line(
 
 async def test_several_processes_add_to_the_same_figures(database_url: str) -> None:
     others = [open_database(database_url) for _ in range(3)]
+    await _integration(others[0])
     await asyncio.gather(*(_written(one, *[DONE] * 20, FAILED, DONE._replace(rate_remaining=7)) for one in others))
     found = await Activity(others[0], new_metrics()).figures("shop", window_seconds=3600)
     assert (found.calls, found.failures, found.retries, found.outcomes["2xx"]) == (66, 3, 6, 63)
@@ -169,6 +175,7 @@ async def test_several_processes_add_to_the_same_figures(database_url: str) -> N
 
 
 async def test_an_older_value_does_not_replace_what_is_left_of_a_limit(database: Database) -> None:
+    await _integration(database)
     for at, left in ((200.0, 5), (100.0, 9), (300.0, None)):
         activity = Activity(database, new_metrics(), clock=lambda at=at: at)  # type: ignore[misc]
         activity.note(DONE._replace(rate_remaining=left))
@@ -197,6 +204,7 @@ class _Away:
 
 
 async def test_figures_of_a_database_that_is_away_are_written_later(database: Database) -> None:
+    await _integration(database)
     activity = Activity(_Away(), new_metrics())  # type: ignore[arg-type]
     activity.note(DONE)
     await activity.aclose()
@@ -224,6 +232,73 @@ async def test_a_path_is_cut_and_a_connection_that_is_gone_leaves_no_line(databa
     await database.transaction(lambda session: session.execute(sa.update(Connection).values(deleted_at=now(session))))
     await _written(database, DONE)
     assert len(await _lines(database)) == 1
+
+
+async def test_an_integration_that_is_gone_leaves_no_figures_to_a_later_one_of_its_name(database: Database) -> None:
+    await _integration(database)
+    await _written(database, DONE, DONE._replace(integration="gone", rate_remaining=7))
+    activity = Activity(database, new_metrics())
+    assert (await activity.figures("shop", window_seconds=60)).calls == 1
+    found = await activity.figures("gone", window_seconds=60)
+    assert (found.calls, found.last_at, found.rate_remaining) == (0, 0.0, None)
+
+
+async def test_the_upstream_s_mean_counts_the_calls_that_were_sent(database: Database) -> None:
+    await _integration(database)
+    refused = DONE._replace(status=None, code="rate_limited", attempts=0, upstream_seconds=0.0)
+    await _written(database, DONE, DONE._replace(upstream_seconds=0.030, attempts=2), *[refused] * 8)
+    found = await Activity(database, new_metrics()).figures("shop", window_seconds=60)
+    assert found.mean_upstream_ms == pytest.approx(20)
+    assert Tally().mean_upstream_ms is None
+
+
+# --- which calls have a line ------------------------------------------------------------------------------------------------
+
+
+def _sampled(*calls: CallDone) -> list[CallDone]:
+    sample = Sample()
+    for at, done in enumerate(calls):
+        sample.add(float(at), done)
+    lines = sample.take()
+    assert [at for at, _ in lines] == sorted(at for at, _ in lines)
+    assert sample.take() == []
+    return [done for _, done in lines]
+
+
+def test_an_integration_s_404s_push_out_nobody_else_s_lines() -> None:
+    quiet = [DONE._replace(integration="quiet", status=status) for status in (200, 404, 503)]
+    found = _sampled(*quiet, *[DONE._replace(status=404)] * 5000)
+    assert [done for done in found if done.integration == "quiet"] == quiet
+    assert len(found) == MOST_LINES
+
+
+def test_errors_come_before_4xx_and_those_before_others() -> None:
+    kinds = [FAILED, DONE._replace(status=503), DONE._replace(status=404), DONE]
+    found = _sampled(*(done for done in kinds for _ in range(90)))
+    assert [found.count(done) for done in kinds] == [90, 90, 20, 0]
+    assert all(done.level != "info" for done in found)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 250), st.sampled_from([200, 404, 500]), st.integers(1, 300)), max_size=60))
+def test_a_sample_is_bounded_and_every_integration_has_its_share(groups: list[tuple[int, int, int]]) -> None:
+    calls = [DONE._replace(integration=f"i{number}", status=status) for number, status, n in groups for _ in range(n)]
+    found = _sampled(*calls)
+    assert len(found) <= MOST_LINES
+    names = list(dict.fromkeys(done.integration for done in calls))[:MOST_INTEGRATIONS]
+    for name in names:
+        own = [done for done in calls if done.integration == name]
+        shown_of_it = [done for done in found if done.integration == name]
+        assert len(shown_of_it) >= min(len(own), MOST_LINES // (len(names) + 1))
+        if any(done.level == "error" for done in own):
+            assert any(done.level == "error" for done in shown_of_it)
+
+
+def test_more_integrations_than_are_kept_apart_share_one_place() -> None:
+    found = _sampled(*(DONE._replace(integration=f"i{number}") for number in range(MOST_INTEGRATIONS + 50)))
+    assert len(found) == MOST_INTEGRATIONS + 50
+    flood = [DONE._replace(integration=f"i{number}") for number in range(MOST_INTEGRATIONS + 5000)]
+    assert {done.integration for done in flood[:MOST_INTEGRATIONS]} <= {done.integration for done in _sampled(*flood)}
 
 
 # --- the sweep --------------------------------------------------------------------------------------------------------------
@@ -257,6 +332,7 @@ async def test_old_minutes_are_put_together_by_the_hour_and_nothing_is_lost_or_d
 
 async def test_lines_are_kept_for_a_week_and_no_more_than_ten_thousand(database: Database) -> None:
     at = await database.read(now)
+    await _integration(database)
     await _written(database, DONE)
     rows = [stored._row(at - number, DONE) for number in range(stored.KEPT_LINES + 5, 0, -1)]
     old = stored._row(at - 8 * 86_400, DONE)

@@ -105,6 +105,38 @@ def test_a_probe_that_leaves_makes_room_for_another_also_when_its_caller_is_canc
     assert breakers.states() == {KEY: "closed"}
 
 
+def test_a_probe_that_lasts_holds_its_place_for_the_recovery_time_and_then_has_no_say() -> None:
+    clock = Clock()
+    breakers = Breakers(clock=clock)
+    _fail(breakers, 3)
+    clock.now += 5
+    lasting = breakers.enter(KEY, RULE)
+    clock.now += 4.5
+    assert _retry_after(breakers) == 1
+    clock.now += 0.5
+    second = breakers.enter(KEY, RULE)
+    assert second.is_probe
+    lasting.left()
+    assert _retry_after(breakers) == 1, "the place is the second one's"
+    clock.now += 5
+    third = breakers.enter(KEY, RULE)
+    second.failed()
+    assert breakers.states() == {KEY: "half_open"}
+    third.succeeded()
+    assert breakers.states() == {KEY: "closed"}
+
+
+def test_a_probe_that_lasts_has_its_say_while_nobody_took_its_place() -> None:
+    clock = Clock()
+    breakers = Breakers(clock=clock)
+    _fail(breakers, 3)
+    clock.now += 5
+    lasting = breakers.enter(KEY, RULE)
+    clock.now += 600
+    lasting.succeeded()
+    assert breakers.states() == {KEY: "closed"}
+
+
 def test_only_the_first_word_counts() -> None:
     breakers = Breakers(clock=Clock())
     _fail(breakers, 2)
@@ -138,6 +170,7 @@ class BreakerMachine(RuleBasedStateMachine):
         self.breakers = Breakers(clock=self.clock)
         self.passes: list[tuple[Pass, int]] = []
         self.open_until: float | None = None
+        self.probe_until = float("-inf")
         self.turn = 0
         self.window: list[bool] = []  # of the ordinary calls since the window's first failure: whether each succeeded
         self.window_began = float("-inf")
@@ -148,13 +181,15 @@ class BreakerMachine(RuleBasedStateMachine):
 
     @rule()
     def somebody_enters(self) -> None:
-        probing = any(one.is_probe and turn == self.turn for one, turn in self.passes)
-        refused = self.open_until is not None and (self.clock.now < self.open_until or probing)
+        refused = self.open_until is not None and self.clock.now < max(self.open_until, self.probe_until)
         if refused:
             assert _retry_after(self.breakers) >= 1
             return
         leave = self.breakers.enter(KEY, RULE)
         assert leave.is_probe == (self.open_until is not None)
+        if leave.is_probe:
+            self.turn += 1
+            self.probe_until = self.clock.now + 5
         self.passes.append((leave, self.turn))
 
     @rule(data=st.data(), how=st.sampled_from(["succeeded", "failed", "left"]))
@@ -163,7 +198,11 @@ class BreakerMachine(RuleBasedStateMachine):
             return
         leave, turn = self.passes.pop(data.draw(st.integers(0, len(self.passes) - 1)))
         getattr(leave, how)()
-        if turn != self.turn or how == "left":
+        if turn != self.turn:
+            return
+        if leave.is_probe:
+            self.probe_until = float("-inf")
+        if how == "left":
             return
         if leave.is_probe:
             self._moved(None if how == "succeeded" else self.clock.now + 5)

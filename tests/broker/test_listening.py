@@ -154,6 +154,17 @@ async def pieces(scope: Any, _receive: Any, send: Any) -> None:
         await send({"type": "http.response.body", "body": b"body" if scope["path"] != "/pieces" else b"dy"})
 
 
+async def test_a_caller_of_http_1_0_gets_no_chunks() -> None:
+    async with served(app=pieces) as port:
+        for path, length in (
+            ("/unmeasured", b""),
+            ("/whole", b"content-length: 4\r\n"),
+            ("/pieces", b"content-length: 4\r\n"),
+        ):
+            heard = await said(port, [f"GET {path} HTTP/1.0\r\nHost: x\r\n\r\n".encode()])
+            assert heard.endswith(b"x-one: 1\r\n" + length + b"connection: close\r\n\r\nbody<closed>")
+
+
 @pytest.mark.parametrize(
     ("path", "status", "rest"),
     [

@@ -28,6 +28,7 @@ from broker.policy import (
     allowed_call,
     glob_matches,
     grant_json,
+    means_itself,
     parse_grant,
     parse_grants,
     parse_roles,
@@ -602,6 +603,14 @@ def test_a_path_pattern_fits_as_its_regular_expression_does(
     wanted = "".join("/" + ("[^/]+" if one == "*" else re.escape(one)) for one in segments) + ("/.*" if tail else "")
     assert parse_grant({"integrations": [], "may": [], "paths": [pattern]}).paths == (pattern,)
     assert path_matches(pattern, path.encode()) is (re.fullmatch(wanted, path) is not None)
+
+
+@given(
+    st.lists(st.sampled_from([b"/", b".", b"..", b"a", b"a.b", b";", b"%2e", b"%5C", b"\\", b"\x00", b"?"]), max_size=8)
+)
+def test_a_path_is_judged_the_same_whether_or_not_something_in_it_needs_decoding(pieces: list[bytes]) -> None:
+    path = b"".join(pieces)
+    assert means_itself(path) == means_itself(path + b"/%41")
 
 
 @given(grants)

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from broker.errors import RateLimited
-from broker.limits import Rate, Rates
-from broker.limits.lines import MAX_WAITING
+from broker.limits import Rate, Rates, rate_per_second
+from broker.limits.lines import MAX_WAITING, Line, Ticket
 from broker.limits.rates import MAX_KEYS
 from broker.limits.windows import FixedWindow, SlidingWindow
 
@@ -32,6 +32,45 @@ async def _retry_after(rates: Rates, key: str, rate: Rate | None, *, wait_second
     with pytest.raises(RateLimited) as caught:
         await rates.take(key, rate, caller="one", wait_seconds=wait_seconds)
     return int(caught.value.headers["Retry-After"])
+
+
+def _waiting(rates: Rates) -> int:
+    return sum(len(place.line) for place in rates._places.values())
+
+
+# --- rates ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("per_second", "rate"),
+    [
+        (0, None),
+        (0.01, Rate(1, 100)),
+        (0.4, Rate(1, 2.5)),
+        (1, Rate(1, 1)),
+        (2, Rate(2, 1)),
+        (2.5, Rate(5, 2)),
+        (3.3, Rate(33, 10)),
+        (9999.9, Rate(99_999, 10)),
+        (10_000, Rate(10_000, 1)),
+    ],
+)
+def test_calls_in_a_second_are_a_rate(per_second: float, rate: Rate | None) -> None:
+    assert rate_per_second(per_second) == rate
+
+
+@given(st.floats(0.01, 10_000))
+def test_whatever_the_settings_take_is_a_rate_that_is_nearly_as_much(per_second: float) -> None:
+    rate = rate_per_second(per_second)
+    assert rate is not None
+    assert rate.max_requests / rate.window_seconds == pytest.approx(per_second, rel=0.05)
+    assert per_second < 1 or rate.window_seconds in range(1, 11)
+
+
+@pytest.mark.parametrize("per_second", [-1, 0.000001, 10_001, float("nan"), float("inf")])
+def test_what_is_too_little_or_too_much_to_count_is_refused(per_second: float) -> None:
+    with pytest.raises(ValueError, match="a rate takes"):
+        rate_per_second(per_second)
 
 
 # --- windows --------------------------------------------------------------------------------------------------------------
@@ -159,7 +198,7 @@ async def test_a_pause_of_no_length_is_none(seconds: float) -> None:
     rates = Rates()
     rates.pause("k", seconds)
     await rates.take("k", None, caller="one", wait_seconds=0)
-    assert rates.waiting() == 0
+    assert _waiting(rates) == 0
 
 
 async def test_a_call_waits_for_the_end_of_a_pause() -> None:
@@ -191,7 +230,7 @@ async def test_a_call_that_may_wait_goes_when_a_place_is_free() -> None:
     began = time.monotonic()
     await rates.take("k", rate, caller="one", wait_seconds=1)
     assert 0.19 < time.monotonic() - began < 0.9
-    assert rates.waiting() == 0
+    assert _waiting(rates) == 0
 
 
 async def _order(rates: Rates, rate: Rate, callers: list[str]) -> list[str]:
@@ -266,15 +305,113 @@ async def test_the_line_is_bounded_and_who_does_not_fit_is_refused_at_once() -> 
         for number in range(MAX_WAITING)
     ]
     await asyncio.sleep(0)
-    assert rates.waiting() == MAX_WAITING
+    assert _waiting(rates) == MAX_WAITING
     began = time.monotonic()
     assert await _retry_after(rates, "k", rate, wait_seconds=1000) >= 5
     assert time.monotonic() - began < 0.5
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-    assert rates.waiting() == 0
+    assert _waiting(rates) == 0
     await rates.aclose()
+
+
+async def test_a_flooder_gives_way_to_a_polite_caller() -> None:
+    rates, rate = Rates(), Rate(1, 0.05)
+    gone: Counter[str] = Counter()
+
+    async def flood() -> None:
+        while True:
+            try:
+                await rates.take("k", rate, caller="flooder", wait_seconds=10)
+                gone["in"] += 1
+            except RateLimited:
+                gone["refused"] += 1
+                await asyncio.sleep(0.01)
+
+    flooding = [asyncio.create_task(flood()) for _ in range(300)]
+    await asyncio.sleep(0.1)
+    assert _waiting(rates) == MAX_WAITING
+    for _ in range(10):
+        began = time.monotonic()
+        await rates.take("k", rate, caller="polite", wait_seconds=10)
+        assert time.monotonic() - began < 1.0, "the second turn is his: 0.1 s on a machine with nothing else to do"
+    assert gone["refused"] > 0
+    for task in flooding:
+        task.cancel()
+    await asyncio.gather(*flooding, return_exceptions=True)
+    assert _waiting(rates) == 0
+    await rates.aclose()
+
+
+async def test_whoever_is_pushed_out_of_a_full_line_is_refused_at_once_and_is_the_newest() -> None:
+    rates, rate = Rates(), Rate(1, 100)
+    await rates.take("k", rate, caller="one", wait_seconds=0)
+    own = [asyncio.create_task(rates.take("k", rate, caller="one", wait_seconds=100_000)) for _ in range(MAX_WAITING)]
+    await asyncio.sleep(0)
+    other = asyncio.create_task(rates.take("k", rate, caller="two", wait_seconds=1000))
+    with pytest.raises(RateLimited) as caught:
+        await asyncio.wait_for(own[-1], 1)
+    assert int(caught.value.headers["Retry-After"]) in {99, 100}
+    assert not any(task.done() for task in (*own[:-1], other))
+    assert _waiting(rates) == MAX_WAITING
+    for task in (*own, other):
+        task.cancel()
+    await asyncio.gather(*own, other, return_exceptions=True)
+    await rates.aclose()
+
+
+STEPS_OF_A_LINE = st.lists(
+    st.one_of(
+        st.tuples(st.sampled_from("abcd"), st.integers(1, 120)),  # so many of one caller come
+        st.tuples(st.just("served"), st.integers(1, 5)),
+        st.tuples(st.just("polite"), st.just(1)),
+    ),
+    min_size=5,
+    max_size=40,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(STEPS_OF_A_LINE)
+def test_in_any_mix_a_caller_with_few_waiting_has_its_turn_within_one_round(steps: list[tuple[str, int]]) -> None:
+    async def run() -> None:
+        line, ticket, turns = Line(), None, 0
+        for what, count in steps:
+            for _ in range(count):
+                if what == "served":
+                    line.call_next()
+                    turns += ticket is not None and not ticket.done()
+                elif what != "polite":
+                    line.join(what)
+                elif ticket is None or ticket.done():
+                    ticket, turns = line.join("polite"), 0
+                    assert ticket is not None, "there is always room for one"
+                assert len(line) <= MAX_WAITING
+                assert turns <= 4, "each other caller has gone once"
+                assert ticket is None or not ticket.done() or ticket.result(), "he was pushed out"
+
+    asyncio.run(run())
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from("abcde"), st.integers(1, 120)), min_size=1, max_size=20))
+def test_nobody_is_pushed_out_of_an_even_share_of_the_line(arrivals: list[tuple[str, int]]) -> None:
+    async def run() -> None:
+        line, came = Line(), dict.fromkeys("abcde", 0)
+        tickets: list[tuple[str, Ticket]] = []
+        for name, count in arrivals:
+            for _ in range(count):
+                came[name] += 1
+                ticket = line.join(name)
+                tickets += [(name, ticket)] if ticket is not None else []
+        wait = Counter(name for name, ticket in tickets if not ticket.done())
+        assert sum(wait.values()) == len(line) == min(MAX_WAITING, sum(came.values()))
+        callers = sum(count > 0 for count in came.values())
+        for name, count in came.items():
+            assert wait[name] >= min(count, MAX_WAITING // callers - 1)
+
+    asyncio.run(run())
 
 
 async def test_a_wait_that_would_be_too_long_is_refused_at_once() -> None:
@@ -307,7 +444,7 @@ async def test_who_is_cancelled_leaves_the_line_to_the_others() -> None:
     await stays
     assert time.monotonic() - began < 0.19  # the place of the one who left
     assert gone.cancelled()
-    assert rates.waiting() == 0
+    assert _waiting(rates) == 0
 
 
 # --- Redis that is not there ------------------------------------------------------------------------------------------------

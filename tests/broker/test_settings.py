@@ -138,6 +138,9 @@ REFUSED = [
         for text in ("a.test:80", "a_b.test", "-a.test", "a..test", "ä.de")
     ),
     ("caller_calls_per_second", "-1", "greater than or equal to 0"),
+    ("caller_calls_per_second", "0.000001", "0.01"),
+    ("caller_calls_per_second", "10001", "less than or equal to 10000"),
+    ("caller_calls_per_second", "nan", "less than or equal to 10000"),
     *(
         ("redis_url", text, "must be redis://")
         for text in (CANARY, f"http://{CANARY}", f"redis://h/{CANARY}", "redis://")

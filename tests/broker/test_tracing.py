@@ -15,12 +15,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from opentelemetry.trace import TraceState
 
 from broker.settings import Settings
 from broker.tracing import Tracing, trace_context
+from broker.tracing.context import trace_state
 
 PARENT = b"00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 SETTINGS = Settings(env="development")
+CALLER_KEY = "brk_" + "a" * 26 + "_" + "B" * 49
 
 
 @dataclass
@@ -115,10 +118,86 @@ def test_a_context_that_is_not_well_formed_is_dropped_with_its_state(parents: li
     assert Tracing(SETTINGS, {}).server_span(headers).traceparent_out() == ()
 
 
-@pytest.mark.parametrize("state", [b"", b"a=\r\nX: 1", b"a=\xff", b"a=" + b"1" * 511])
-def test_a_state_that_is_not_well_formed_is_dropped_alone(state: bytes) -> None:
+MALFORMED_STATES = [
+    *(b"", b"a=\r\nX: 1", b"a=\xff", b"a=" + b"1" * 511, b"nonsense", b"A=1", b"a=", b"a=1=2", b"a= ", b"=1", b"a =1"),
+    *(
+        b"a=1,b",
+        b"a=1,a=2",
+        b"1a=1",
+        b"@a=1",
+        b"a@1=1",
+        b"a@" + b"b" * 15 + b"=1",
+        b"k" * 257 + b"=1",
+        b"a=" + b"1" * 257,
+    ),
+    *(b",".join(b"k%d=1" % number for number in range(33)), b" , ,", b"a=1\x00", b"a=1;\tb"),
+    *(b"v=" + CALLER_KEY.encode(), b"a=1,b=x" + CALLER_KEY.encode() + b"x"),
+]
+
+
+@pytest.mark.parametrize("state", MALFORMED_STATES)
+def test_a_state_that_is_not_well_formed_or_holds_a_caller_key_is_dropped_alone(state: bytes) -> None:
     headers = [(b"traceparent", PARENT), (b"tracestate", state)]
     assert Tracing(SETTINGS, {}).server_span(headers).traceparent_out() == ((b"traceparent", PARENT),)
+
+
+@pytest.mark.parametrize(
+    ("given", "out"),
+    [
+        (b"a=1 , \tb=2,,", b"a=1,b=2"),
+        (b"rojo=00f067aa0ba902b7,congo=t61rcWkgMzE", b"rojo=00f067aa0ba902b7,congo=t61rcWkgMzE"),
+        (b"fw529a3039@dt=FfAAAAE,0_-*/@s-*/=b;;a:x y", b"fw529a3039@dt=FfAAAAE,0_-*/@s-*/=b;;a:x y"),
+        (b"k=" + b"v" * 256 + b",l=1", b"k=" + b"v" * 256 + b",l=1"),
+        (b",".join(b"k%d=1" % number for number in range(32)), b",".join(b"k%d=1" % number for number in range(32))),
+    ],
+)
+def test_a_well_formed_state_goes_on(given: bytes, out: bytes) -> None:
+    headers = [(b"traceparent", PARENT), (b"tracestate", given)]
+    fields = Tracing(SETTINGS, {}).server_span(headers).traceparent_out()
+    assert fields == ((b"traceparent", PARENT), (b"tracestate", out))
+
+
+@pytest.mark.parametrize(
+    ("nominated", "names"),
+    [
+        (b"tracestate", [b"traceparent"]),
+        (b"close, TraceState ", [b"traceparent"]),
+        (b"x,traceparent", []),
+        (b"x", None),
+    ],
+)
+def test_what_is_nominated_for_this_hop_does_not_go_on(nominated: bytes, names: list[bytes] | None) -> None:
+    headers = [(b"traceparent", PARENT), (b"tracestate", b"a=1"), (b"connection", b"te"), (b"connection", nominated)]
+    fields = Tracing(SETTINGS, {}).server_span(headers).traceparent_out()
+    assert [name for name, _ in fields] == ([b"traceparent", b"tracestate"] if names is None else names)
+
+
+async def test_the_sdk_never_logs_what_a_caller_sent(collector: Collector, caplog: pytest.LogCaptureFixture) -> None:
+    tracing = Tracing(SETTINGS)
+    for state in MALFORMED_STATES:
+        span = tracing.server_span([(b"traceparent", PARENT), (b"tracestate", state)], "GET")
+        assert [name for name, _ in span.traceparent_out()] == [b"traceparent"]
+        span.end(200)
+    await tracing.aclose()
+    assert caplog.text == ""
+    assert collector.received
+
+
+MEMBERS = st.lists(
+    st.tuples(
+        st.from_regex(r"[a-z][_0-9a-z*/-]{0,9}|[a-z0-9][_0-9a-z*/-]{0,9}@[a-z][_0-9a-z*/-]{0,4}", fullmatch=True),
+        st.from_regex(r"[ -+\--<>-~]{0,9}[!-+\--<>-~]", fullmatch=True),
+    ),
+    max_size=12,
+    unique_by=lambda member: member[0],
+)
+
+
+@settings(deadline=None)
+@given(st.one_of(MEMBERS.map(lambda some: ",".join("=".join(one) for one in some)), st.text("ab=,@ 1A\t", max_size=30)))
+def test_a_state_that_goes_on_is_one_that_the_sdk_takes_whole(given_state: str) -> None:
+    kept = trace_state(given_state.encode())
+    assert TraceState.from_header([given_state]).to_header().encode() == kept
 
 
 @settings(deadline=None)
@@ -224,3 +303,17 @@ async def test_a_collector_in_trouble_disturbs_no_request_and_not_the_end(
 def test_a_switched_off_sdk_only_passes_on() -> None:
     off = {"OTEL_SDK_DISABLED": "true", "OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1"}
     assert not Tracing(SETTINGS, off).exporting
+
+
+@pytest.mark.parametrize(
+    ("exporters", "exporting"),
+    [("none", False), (" None ", False), ("console", False), ("otlp", True), ("", True), ("console, OTLP", True)],
+)
+async def test_an_exporter_other_than_otlp_sends_nothing(
+    collector: Collector, monkeypatch: pytest.MonkeyPatch, exporters: str, *, exporting: bool
+) -> None:
+    monkeypatch.setenv("OTEL_TRACES_EXPORTER", exporters)
+    tracing = Tracing(SETTINGS)
+    tracing.server_span([], "GET").end(200)
+    await tracing.aclose()
+    assert (tracing.exporting, bool(collector.received)) == (exporting, exporting)

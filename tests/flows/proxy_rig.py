@@ -30,6 +30,7 @@ CANARY = "CANARY-9f3e27d1/c4b8+a6e0~5f71"  # an encoder changes three of its cha
 GOOD, EVIL, META = "api.good.test", "evil.test", "meta.test"
 PATH = "/repos/acme/widgets"
 PATIENCE_SECONDS = 20.0
+DEFECTS = (b"defect", b"Traceback", b"ASGI", b"never retrieved", b"was destroyed", b"internal_error")  # in a log
 OK = b'HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 13\r\n\r\n{"id": 12345}'
 
 Answer = bytes | Callable[["Sink", asyncio.StreamWriter], Awaitable[None]]
@@ -48,6 +49,8 @@ class Sink:
         self.address = ("", 0)
         self.answer: Answer = OK
         self.requests: list[bytes] = []
+        self.via: list[int] = []  # for each request the number of its connection
+        self.ended: set[int] = set()
         self.connections = 0
         self.open = 0
         self._tasks: set[asyncio.Task[None]] = set()
@@ -57,20 +60,22 @@ class Sink:
         task = asyncio.current_task()
         assert task is not None
         self._tasks.add(task)
-        self.connections += 1
+        self.connections = number = self.connections + 1
         self.open += 1
         try:
             with contextlib.suppress(asyncio.IncompleteReadError, asyncio.CancelledError, OSError, ssl.SSLError):
                 await writer.start_tls(self._tls, ssl_handshake_timeout=10)
                 while not writer.is_closing():
-                    await self._one(reader, writer)
+                    await self._one(reader, writer, number)
         finally:
             self.open -= 1
+            self.ended.add(number)
             self._tasks.discard(task)
             writer.close()
 
-    async def _one(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _one(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, number: int) -> None:
         self.requests.append(await whole_request(reader))
+        self.via.append(number)
         if callable(self.answer):
             await self.answer(self, writer)
         else:
@@ -321,12 +326,11 @@ class Rig:
         """End a row: no secret anywhere, the next good request works, no socket stays."""
         await self._expect_no_secret()
         self.good.answer = OK
-        before = len(self.good.requests)
-        heard = await self.send(self.request())
+        path = f"/repos/acme/after-{self.good.connections}-{len(self.good.requests)}"  # the row's own may still be on its way
+        heard = await self.send(self.request(path=path))
         assert heard.status == 200, heard.raw
         assert heard.body == OK.partition(b"\r\n\r\n")[2]
-        (request,) = self.good.requests[before:]
-        assert request.startswith(b"GET /repos/acme/widgets HTTP/1.1\r\n")
+        (request,) = [one for one in self.good.requests if one.startswith(f"GET {path} HTTP/1.1\r\n".encode())]
         assert injected(request) == [f"Bearer {CANARY}"]
         await self.expect_sockets()
 
@@ -334,6 +338,7 @@ class Rig:
         metrics = (await self.api.get("/metrics")).content
         places = {"answers": b"\n".join(self.heard), "metrics": metrics, **files_below(self.place)}
         assert {"broker.db", "broker.log", "audit.jsonl"} <= places.keys()
+        assert not [mark for mark in DEFECTS if mark in places["broker.log"]]
         keys = {"caller key": self.caller_key, "wide caller key": self.wide_key}
         await asyncio.to_thread(expect_absent, {"credential": CANARY, **keys}, places)
         sent = [request for sink in self.sinks.values() for request in sink.requests]

@@ -71,6 +71,7 @@ async def test_calls_of_all_processes_and_lines_are_one_figure(shared: Rig) -> N
     assert (found["success_rate"], found["error_rate"]) == (0.8, 0.2)
     assert (found["outcomes"], found["errors"]) == ({"2xx": 8, "5xx": 1, "broker": 1}, {"upstream_timeout": 1})
     assert found["mean_latency_ms"] == pytest.approx((8 * 10 + 1000 + 2000) / 10)
+    assert found["mean_upstream_latency_ms"] == pytest.approx(8)
     for field, expected in (("p50_latency_ms", 10), ("p95_latency_ms", 2000), ("p99_latency_ms", 2000)):
         assert found[field] == pytest.approx(expected, rel=0.1), field
     assert (found["bytes_in"], found["bytes_out"], found["rate_limit_remaining"]) == (500, 50, 41)
@@ -82,7 +83,7 @@ async def test_calls_of_all_processes_and_lines_are_one_figure(shared: Rig) -> N
 async def test_an_open_breaker_shows(shared: Rig) -> None:
     name, _ = await _made(shared)
     assert shared.parts.proxy is not None
-    leave = shared.parts.proxy.breakers.enter(f"{name} api.test", BreakerRule(1, 60, 60))
+    leave = shared.parts.proxy.forwarding._bounds.breakers.enter(f"{name} api.test", BreakerRule(1, 60, 60))
     leave.failed()
     assert (await _figures(shared, name))["breaker_state"] == "open"
 
@@ -145,6 +146,26 @@ async def test_another_window_is_refused(shared: Rig, window: str) -> None:
     name, _ = await _made(shared)
     answer = await shared.call("GET", f"/v1/integrations/{name}/metrics?window={window}")
     check_problem(answer, 400, "invalid_request", "?window")
+
+
+@pytest.mark.parametrize("text", ["a" * 201, "a" * 60_000, "%25" * 201, "a%00"])
+async def test_a_text_that_is_too_long_to_look_for_is_refused(shared: Rig, text: str) -> None:
+    name, connection_id = await _made(shared)
+    answer = await shared.call("GET", f"/v1/integrations/{name}/logs?text={text}")
+    check_problem(answer, 400, "invalid_request", "?text")
+    await _called(shared, name, connection_id, path="/" + "%25" * 100)
+    assert await _lines(shared, name, f"?text={'%2525' * 60}") != []
+    assert await _lines(shared, name, f"?text={'%25' * 200}") == []
+
+
+async def test_an_integration_that_was_deleted_meanwhile_leaves_nothing_to_the_next_of_its_name(shared: Rig) -> None:
+    name, connection_id = await _made(shared)
+    assert (await shared.call("DELETE", f"/v1/connections/{connection_id}?revoke=false")).status_code == 200
+    assert (await shared.call("DELETE", f"/v1/integrations/{name}")).status_code == 204
+    await _called(shared, name, connection_id, rate_remaining=5)  # what another process had not written yet
+    await shared.integration(name)
+    found = await _figures(shared, name)
+    assert (found["calls"], found["rate_limit_remaining"], found["mean_upstream_latency_ms"]) == (0, None, None)
 
 
 async def test_a_cursor_of_another_list_is_refused(shared: Rig) -> None:

@@ -80,7 +80,7 @@ async def test_an_aws_key_is_never_handed_out(world: World) -> None:
         ({"session_token": ""}, "/credentials/session_token"),
         ({"expires_at": "soon"}, "/credentials/expires_at"),
         ({"region": "eu.example.com"}, "/credentials/region"),
-        ({"region": "eu-central-1"}, "/variables/region"),
+        ({"region": "eu-central-1"}, "/credentials/region"),
         ({"region": "de"}, "/credentials/region"),
         ({"api_key": "x"}, "/credentials"),
     ],
@@ -92,6 +92,38 @@ async def test_an_aws_key_that_cannot_be_one_is_refused_by_field(
     answer = await importing(world, {**AWS, **changes}, variables={"shop": SHOP, **given})
     check_problem(answer, 400, "invalid_request", pointer)
     assert "CANARY" not in answer.text
+
+
+@pytest.mark.parametrize(
+    ("provider", "config", "variables", "kept"),
+    [
+        ("minio", {"api_base_url": "https://files.example.com"}, {}, {"region": "eu-central-1"}),
+        ("cloudflare_r2", {}, {"account_id": "0" * 32}, {"account_id": "0" * 32}),
+        ("aws_s3", {}, {}, {"region": "eu-central-1"}),
+    ],
+)
+async def test_a_key_s_region_is_welcome_with_every_server_that_speaks_the_protocol(
+    world: World, provider: str, config: dict[str, Any], variables: dict[str, str], kept: dict[str, str]
+) -> None:
+    """One that knows a single region goes without; it never was a variable that the import gave."""
+    name = unused("s3")
+    made = await world.rig.call("POST", "/v1/integrations", {"name": name, "provider": provider, "config": config})
+    assert made.status_code == 201, made.text
+    body = {"integration": name, "subject": subject(), "variables": variables}
+    answer = await world.rig.call("POST", "/v1/connections", {**body, "credentials": {**AWS, "region": "eu-central-1"}})
+    assert answer.status_code == 201, answer.text
+    assert answer.json()["variables"] == kept
+
+
+async def test_a_key_s_region_that_the_integration_settles_otherwise_is_named_where_it_stands(world: World) -> None:
+    await world.configure(config={"variables": {"region": "de"}})
+    check_problem(await importing(world, AWS), 400, "invalid_request", "/credentials/region")
+    check_problem(
+        await importing(world, {**AWS, "region": None}, variables={"shop": SHOP, "region": "us"}),
+        400,
+        "invalid_request",
+        "/variables/region",
+    )
 
 
 # Minting

@@ -8,6 +8,7 @@ import gzip
 import json
 import socket
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import httpx2
@@ -133,6 +134,30 @@ async def httpx_raw(rig: Rig, method: str, target: str, key: str) -> int:
     status = int((await reader.readline()).split()[1])
     writer.close()
     return status
+
+
+async def test_a_method_in_a_parameter_and_a_path_in_a_field_are_judged_like_the_request_line(
+    rig: Rig, api: ApiServer
+) -> None:
+    catalog = rig.parts.integrations.catalog
+    quirky = replace(catalog["oidc"], method_params=("method",), path_headers=("x-copy-source",))
+    rig.parts.integrations.catalog = {**catalog, "oidc": quirky}
+    connection = await connect(rig, api)
+    key = await rig.caller(
+        {"integrations": ["acme"], "may": ["proxy"], "methods": ["POST", "GET"], "paths": ["/mine/**"]}
+    )
+    for query in ("", "?a=1", "?method=get"):
+        assert (await proxied(rig, connection, f"/mine/x{query}", "POST", key=key)).status_code == 200
+    for query in ("?method=delete", "?a=1&Met%68od=DELETE"):
+        assert (await proxied(rig, connection, f"/mine/x{query}", "POST", key=key)).status_code == 403
+    for source, status in [
+        ("/mine/y?versionId=1", 200),
+        ("mine/y", 200),
+        ("/theirs/secret", 403),
+        ("/mine/../theirs", 403),
+    ]:
+        answer = await proxied(rig, connection, "/mine/x", "POST", key=key, headers={"X-Copy-Source": source})
+        assert answer.status_code == status, source
 
 
 async def test_a_grant_in_the_mode_observe_lets_pass_and_says_so(rig: Rig, api: ApiServer) -> None:

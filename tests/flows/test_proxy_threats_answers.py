@@ -290,6 +290,27 @@ async def test_s1_events_are_not_held_back(rig: Rig) -> None:
     assert b"data: 2\n\n" in rest
 
 
+async def test_s1_a_head_does_not_wait_for_the_first_piece_of_its_body(rig: Rig) -> None:
+    """The sink sends its first event only when the head has reached the caller."""
+    arrived = asyncio.Event()
+
+    async def events(_sink: Sink, writer: asyncio.StreamWriter) -> None:
+        writer.write(CHUNKED.replace(b"text/plain", b"text/event-stream"))
+        async with asyncio.timeout(10):
+            await arrived.wait()
+        writer.write(b"9\r\ndata: 1\n\n\r\n0\r\n\r\n")
+
+    rig.good.answer = events
+    reader, writer = await asyncio.open_connection("127.0.0.1", rig.port)
+    writer.write(rig.request())
+    async with asyncio.timeout(10):
+        assert b"text/event-stream" in await reader.readuntil(b"\r\n\r\n")
+        arrived.set()
+        assert b"data: 1\n\n" in await reader.read(-1)
+    writer.close()
+    await writer.wait_closed()
+
+
 # --- S2: cookies
 
 
@@ -453,14 +474,14 @@ ADDED_LATER = {
 
 
 async def expect_not_reused(rig: Rig) -> None:
-    """Check that the next call dials anew, and gets its own answer."""
-    dialled = rig.good.connections
+    """Check that the last request's connection is closed, and that the next call gets its own answer on another one."""
+    before = rig.good.via[-1]
     rig.good.answer = OK
     heard = await rig.send(rig.request())
     assert (heard.status, heard.body) == (200, OK.partition(b"\r\n\r\n")[2])
-    assert rig.good.connections == dialled + 1
+    assert rig.good.via[-1] != before
     async with asyncio.timeout(10):
-        while rig.good.open > 1:  # noqa: ASYNC110 - another process closes it
+        while before not in rig.good.ended:  # noqa: ASYNC110 - another process closes it
             await asyncio.sleep(0.01)
 
 
@@ -593,3 +614,13 @@ async def test_s4_an_answer_of_one_meaning_is_framed_anew(rig: Rig, answer: Answ
     assert (heard.status, heard.body) == (200, body)
     assert heard.whole
     assert "x-trailer" not in heard.fields
+
+
+@pytest.mark.parametrize(("answer", "body"), FRAMED.values(), ids=FRAMED)
+async def test_s4_a_caller_of_http_1_0_gets_no_chunks(rig: Rig, answer: Answer, body: bytes) -> None:
+    rig.good.answer = answer
+    heard = await rig.send(rig.request().replace(b" HTTP/1.1\r\n", b" HTTP/1.0\r\n", 1))
+    assert heard.status == 200
+    assert "transfer-encoding" not in heard.fields
+    assert heard.raw.endswith(b"\r\n\r\n" + body)
+    assert heard.closed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
@@ -350,6 +351,34 @@ async def test_h6_a_refused_request_behind_a_good_one_does_not_answer_it(rig: Ri
     assert heard.closed
     assert heard.raw.count(b"HTTP/1.1 ") <= 1
     assert heard.status in {0, 200}
+
+
+@pytest.mark.parametrize(
+    ("framing", "body"),
+    [
+        ("Content-Length: 9", b"abc"),
+        ("Content-Length: 9000000", b"abc"),
+        ("Transfer-Encoding: chunked", b"3\r\nabc\r\n"),
+    ],
+)
+async def test_h6_a_body_that_is_cut_is_no_request_to_the_upstream(rig: Rig, framing: str, body: bytes) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", rig.port)
+    writer.write(keyed(rig, framing, method="POST") + body)
+    await writer.drain()
+    await asyncio.sleep(0.1)  # so that one which is streamed is under way
+    writer.close()
+    await writer.wait_closed()
+    await rig.expect_sockets()
+    assert rig.asked() == []
+    assert reader.at_eof()
+
+
+async def test_h6_what_stands_behind_a_body_is_the_next_request(rig: Rig) -> None:
+    first = keyed(rig, "Content-Length: 3", method="POST")
+    heard = await rig.send(first + b"abcGARBAGE\r\n\r\n")
+    assert heard.closed
+    assert [seen[-3:] for seen in rig.asked()] in ([], [b"abc"])
+    assert heard.raw.count(b"HTTP/1.1 ") <= 1
 
 
 async def test_h6_a_caller_may_wait_for_the_go_ahead_and_the_upstream_is_not_asked_for_one(rig: Rig) -> None:

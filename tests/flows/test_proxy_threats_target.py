@@ -108,6 +108,9 @@ async def test_u4_a_host_that_the_integration_has_not_is_no_host(rig: Rig, host:
         assert heard.status in {400, 403, 404}
         assert heard.code in {"invalid_request", "forbidden", "not_found"}
         rig.expect_untouched()
+        (record,) = await rig.records()
+        assert (record["outcome"], record["detail"]["refused"] in {"host", "invalid_request"}) == ("denied", True)
+        await rig.mark()
 
 
 async def test_u4_an_at_sign_in_the_path_is_a_letter_like_others(rig: Rig) -> None:

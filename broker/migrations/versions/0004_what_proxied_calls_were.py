@@ -10,7 +10,12 @@ depends_on = None
 
 
 def upgrade() -> None:
-    """Expand only: the previous version of the code keeps working on this schema."""
+    """Expand only: the previous version of the code keeps working on this schema.
+
+    The index of the audit is made in place: on PostgreSQL records wait while it is built (one pass over the table). CREATE
+    INDEX CONCURRENTLY cannot be used: the transaction would have to end first, and with it the lock that keeps other
+    migrations out; and with a lock of a session it would wait for the snapshot of every process that waits for that lock.
+    """
     op.create_table(
         "call_minutes",
         sa.Column("integration", sa.String(), primary_key=True),

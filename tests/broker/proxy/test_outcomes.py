@@ -13,8 +13,7 @@ import structlog
 from broker.audit import Audit
 from broker.database import Database
 from broker.models import AuditRecord
-from broker.proxy import outcomes
-from broker.proxy.outcomes import AT_ONCE, CallOutcome, Outcomes
+from broker.proxy.outcomes import ACTION, AT_ONCE, EVERY_SECONDS, MOST_WAITING, CallOutcome, Outcomes
 from tests.flows.rig import eventually
 
 
@@ -31,7 +30,7 @@ async def audit(database: Database) -> AsyncIterator[Audit]:
 
 async def written(database: Database) -> list[list[Any]]:
     """Return the calls of each record, in order."""
-    query = sa.select(AuditRecord).where(sa.column("action") == outcomes.ACTION).order_by(sa.column("number"))
+    query = sa.select(AuditRecord).where(sa.column("action") == ACTION).order_by(sa.column("number"))
     found = await database.read(lambda session: list(session.scalars(query)))
     return [one.detail["calls"] for one in found]
 
@@ -78,16 +77,12 @@ async def test_a_record_holds_so_many_and_the_rest_comes_in_order(audit: Audit, 
     assert numbers(records) == list(range(2 * AT_ONCE + 7))
 
 
-async def test_an_audit_that_is_away_loses_nothing(
-    audit: Audit, database: Database, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(outcomes, "RETRY_SECONDS", 0.05)
-    monkeypatch.setattr(outcomes, "EVERY_SECONDS", 0.01)
+async def test_an_audit_that_is_away_loses_nothing(audit: Audit, database: Database) -> None:
     made = Outcomes(audit)
     await execute(database, "ALTER TABLE audit_records RENAME TO gone")
     for number in range(5):
         made.note(outcome(number))
-        await asyncio.sleep(0.05)  # several tries fail, and more comes meanwhile
+        await asyncio.sleep(EVERY_SECONDS / 3)  # a try fails, and more comes behind it
     await execute(database, "ALTER TABLE gone RENAME TO audit_records")
     await eventually(lambda: written(database))
     await made.aclose()
@@ -108,15 +103,12 @@ async def test_closing_without_an_audit_does_not_wait_for_it_and_says_what_is_lo
     await execute(database, "ALTER TABLE gone RENAME TO audit_records")
 
 
-async def test_what_waits_is_bounded_and_what_is_lost_is_named(
-    audit: Audit, database: Database, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(outcomes, "MOST_WAITING", 4)
+async def test_what_waits_is_bounded_and_what_is_lost_is_named(audit: Audit, database: Database) -> None:
     made = Outcomes(audit)
     with structlog.testing.capture_logs() as logs:
-        for number in range(6):
+        for number in range(MOST_WAITING + 2):
             made.note(outcome(number))
     lost = [one["intent_id"] for one in logs if one["event"] == "audit.outcome_lost"]
-    assert lost == ["aud_4", "aud_5"]
+    assert lost == [f"aud_{MOST_WAITING}", f"aud_{MOST_WAITING + 1}"]
     await made.aclose()
-    assert numbers(await written(database)) == [0, 1, 2, 3]
+    assert numbers(await written(database)) == list(range(MOST_WAITING))

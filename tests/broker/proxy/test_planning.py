@@ -15,14 +15,15 @@ from broker.models import Integration
 from broker.proxy.planning import CALL_SECONDS, DEFAULT_BREAKER, Plan, Plans, plan_of
 from broker.proxy.retrying import RetryRule
 from providers.signing import header
-from providers.spec import ApiKey, Provider, Variable
+from providers.spec import ApiKey, Basic, Provider, Variable
 
 PROVIDER = Provider(
     name="shop",
     title="Shop",
     docs_url="https://shop.test",
     api_key=ApiKey(),
-    signers={"api_key": header("x-shop-key"), "api_key@files": header("x-files-key")},
+    basic=Basic(),
+    signers={"api_key": header("x-shop-key"), "api_key@files": header("x-files-key"), "basic@files": None},
     hosts={
         "": "https://{store}.shop.test/api",
         "files": "https://files.shop.test",
@@ -46,7 +47,13 @@ def configured(variables: dict[str, str] | None = None, **config: Any) -> Config
 def connection(**changes: Any) -> Snapshot:
     """Return the row of a connection."""
     given: dict[str, Any] = dict.fromkeys(Snapshot._fields)
-    given |= {"id": "con_a", "integration": "shop", "provider": "shop", "status": "active", "credential_type": "api_key"}
+    given |= {
+        "id": "con_a",
+        "integration": "shop",
+        "provider": "shop",
+        "status": "active",
+        "credential_type": "api_key",
+    }
     given |= {"client_id": "client-7", "pins": PINS, "variables": {"store": "acme"}, "integration_version": (1.0, 1.0)}
     return Snapshot(**{**given, **changes})
 
@@ -58,7 +65,8 @@ def planned(host: str = "", **config: Any) -> Plan:
 def test_a_plan_has_the_base_url_the_key_and_the_signer_of_its_host() -> None:
     plan, files = planned(), planned("files")
     assert (plan.base_url, files.base_url) == ("https://acme.shop.test/api", "https://files.shop.test")
-    assert (plan.owned - files.owned, files.owned - plan.owned) == ({b"x-shop-key"}, {b"x-files-key"})
+    assert plan.owned - files.owned == frozenset({b"x-shop-key"})
+    assert files.owned - plan.owned == frozenset({b"x-files-key"})
     assert plan.signer is PROVIDER.signers["api_key"]
     assert (plan.key, files.key) == ("shop https://acme.shop.test", "shop https://files.shop.test")
 
@@ -75,6 +83,12 @@ def test_what_goes_along_is_filled_and_forced_where_it_has_a_variable_and_left_o
 def test_a_host_that_is_not_declared_or_whose_variable_is_not_known_is_not_found(host: str) -> None:
     with pytest.raises(NotFound):
         planned(host)
+
+
+def test_a_host_that_does_not_serve_this_type_of_credential_is_not_found() -> None:
+    with pytest.raises(NotFound, match="for this credential"):
+        plan_of(configured(), connection(credential_type="basic"), "files")
+    assert plan_of(configured(), connection(credential_type="basic"), "").base_url == "https://acme.shop.test/api"
 
 
 @pytest.mark.parametrize(
@@ -165,9 +179,8 @@ def test_a_connection_with_other_variables_has_a_plan_of_its_own() -> None:
     assert plan.companions[b"x-store"] == (b"store other", True)
 
 
-def test_plans_are_kept_in_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Plans, "MOST", 3)
-    plans = Plans()
-    for number in range(10):
-        plans.of(configured(), connection(client_id=f"client-{number}"), "")
-        assert len(plans._known) <= 3
+def test_plans_are_kept_in_bounds() -> None:
+    plans, one = Plans(), configured()
+    for number in range(Plans.MOST + 10):
+        plans.of(one, connection(client_id=f"client-{number}"), "")
+    assert len(plans._known) <= Plans.MOST

@@ -155,9 +155,7 @@ def test_calls_without_retries_save_up_no_more_than_the_beginning() -> None:
 
 
 @given(st.lists(st.tuples(st.booleans(), st.sampled_from("ab")), max_size=300), st.integers(0, 60))
-def test_retries_are_never_more_than_twenty_and_a_fifth_of_the_calls(
-    steps: list[tuple[bool, str]], storm: int
-) -> None:
+def test_retries_are_never_more_than_twenty_and_a_fifth_of_the_calls(steps: list[tuple[bool, str]], storm: int) -> None:
     budget = RetryBudget()
     calls, retries = {"a": 0, "b": 0}, {"a": 0, "b": 0}
     for is_call, key in [*([(False, "a")] * storm), *steps]:
