@@ -96,7 +96,7 @@ bench-vault: dev-environment vault
 	$(BIN)/python benchmarks/vault.py
 
 peers: dev-environment
-	@$(BIN)/python benchmarks/peers/install.py
+	@$(BIN)/python benchmarks/_peers.py
 
 bench-proxy: dev-environment peers
 	$(BIN)/python benchmarks/proxy.py

