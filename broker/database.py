@@ -16,6 +16,7 @@ import collections
 import contextlib
 import contextvars
 import json
+import sqlite3
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -212,7 +213,9 @@ class SqliteDatabase:
         if not path.exists():
             path.touch(mode=0o600)
         self._busy_timeout_seconds = busy_timeout_seconds
+        self._clock = clock
         self._writer = _sqlite_writer(path, busy_timeout_seconds, clock)
+        self._plain: sqlite3.Connection | None = None
         self._reader = _sqlite_reader(path, min(busy_timeout_seconds, LOOP_BUSY_TIMEOUT_SECONDS), clock)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sqlite-writer")
         self._wrote_at = 0.0
@@ -228,14 +231,49 @@ class SqliteDatabase:
             raise DatabaseUnavailable
         return await _translated(asyncio.get_running_loop().run_in_executor(self._thread, action))
 
-    def _write(self, work: Callable[[Session], T], start_by: float) -> T:
+    def _require_turn(self, start_by: float) -> None:
+        """Give up when those ahead got nowhere: else every one of a long queue waits for the lock."""
         if time.monotonic() > max(start_by, self._wrote_at + self._busy_timeout_seconds):
-            raise DatabaseUnavailable  # those ahead got nowhere: else every one of a long queue waits for the lock
+            raise DatabaseUnavailable
+
+    def _write(self, work: Callable[[Session], T], start_by: float) -> T:
+        self._require_turn(start_by)
         with Session(self._writer, expire_on_commit=False) as session:
             result = work(session)
             session.commit()
         self._wrote_at = time.monotonic()
         return result
+
+    async def plain_transaction(self, work: Callable[[sqlite3.Connection, float], T]) -> T:
+        """As ``transaction``, on the driver's own connection and with the time: spares 0.3 ms for a few known statements.
+
+        ``work`` neither begins nor ends anything.
+        """
+        start_by = time.monotonic() + self._busy_timeout_seconds
+        return await self._on_thread(lambda: self._write_plain(work, start_by))
+
+    def _write_plain(self, work: Callable[[sqlite3.Connection, float], T], start_by: float) -> T:
+        self._require_turn(start_by)
+        if self._plain is None:
+            self._plain = self._driver_connection()
+        driver = self._plain
+        try:
+            driver.execute("BEGIN IMMEDIATE")
+            result = work(driver, self._clock())
+            driver.execute("COMMIT")
+        except sqlite3.Error as error:
+            raise DBAPIError.instance("", (), error, sqlite3.Error, hide_parameters=True) from None
+        finally:
+            if driver.in_transaction:
+                driver.execute("ROLLBACK")
+        self._wrote_at = time.monotonic()
+        return result
+
+    def _driver_connection(self) -> sqlite3.Connection:
+        """Return a connection of the writer's kind that belongs to nobody's pool."""
+        checked_out = self._writer.raw_connection()
+        checked_out.detach()
+        return cast("sqlite3.Connection", checked_out.dbapi_connection)
 
     async def read(self, work: Callable[[Session], T]) -> T:
         """See ``Database``."""
@@ -275,6 +313,8 @@ class SqliteDatabase:
         self._closed = True
         await asyncio.to_thread(self._thread.shutdown)
         self._reader.dispose()
+        if self._plain is not None:
+            self._plain.close()
         self._writer.dispose()  # last: closing the last connection folds the WAL into the file, which a reader may not
 
 

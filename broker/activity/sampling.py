@@ -37,8 +37,7 @@ class Sample:
         of each level. What does not fit in the last turn is what matters least.
         """
         by_worth = [
-            list(chain.from_iterable(reversed(levels.get(level, ())) for level in LEVELS))
-            for levels in self._kept.values()
+            chain.from_iterable([reversed(levels.get(level, ())) for level in LEVELS]) for levels in self._kept.values()
         ]
         self._kept = {}
         chosen: list[Line] = []

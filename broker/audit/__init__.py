@@ -50,6 +50,7 @@ from broker.audit.records import (
     first_and_last,
     link_at_head,
     link_entries,
+    link_plainly,
     newest,
     stretch,
     subject_numbers,
@@ -57,7 +58,7 @@ from broker.audit.records import (
 from broker.audit.retention import next_piece, remove_piece
 from broker.audit.sinks import line_of, places_of
 from broker.audit.verify import Verification, verify_chain
-from broker.database import Database, DriverFault, GroupWriter, PostgresDatabase
+from broker.database import Database, DriverFault, GroupWriter, PostgresDatabase, SqliteDatabase
 from broker.errors import AuditUnavailable, BrokerError, DatabaseUnavailable, InternalError, SecretStoreUnavailable
 from broker.models import AuditRecord
 from broker.settings import Settings
@@ -115,8 +116,9 @@ class Audit:
         self._head: KnownHead | None = None  # as a group left it
         self._is_alone = False  # nobody else moved the head between the last two groups
         self._single = database.single if isinstance(database, PostgresDatabase) else None
+        self._sqlite = database if isinstance(database, SqliteDatabase) else None
         self._writer: GroupWriter[Entry, tuple[str, Batch | None]] = GroupWriter(
-            database, self._write_group, patience_seconds=RECORD_TIMEOUT_SECONDS, shortcut=self._write_at_known_head
+            database, self._write_group, patience_seconds=RECORD_TIMEOUT_SECONDS, shortcut=self._write_shortly
         )
 
     # --- keys
@@ -257,22 +259,34 @@ class Audit:
         batch = self._deliver_after_commit(session, rows)
         return [(row["id"], batch) for row in rows]
 
-    async def _write_at_known_head(self, entries: Sequence[Entry]) -> list[tuple[str, Batch | None]] | None:
-        """Write a group without reading the head first, where it is probably as the last group left it."""
-        head, is_alone, self._is_alone = self._head, self._is_alone, False
-        if self._single is None or head is None or not is_alone:
-            return None
+    async def _write_shortly(self, entries: Sequence[Entry]) -> list[tuple[str, Batch | None]] | None:
+        """Write a group by the few statements that this database needs; None where that cannot be, and nothing was written."""
         self.take_keys()
-        done = await self._single(partial(link_at_head, keys=self._keys, entries=entries, known=head))
-        if done is None:
+        rows = await (self._write_at_known_head(entries) if self._sqlite is None else self._write_plainly(entries))
+        if rows is None:
             return None
-        rows, self._head = done
-        self._is_alone = True
         batch = None
         if self._copies is not None:
             batch = batch_of(rows)
             self._copies.deliver_soon(batch)
         return [(row["id"], batch) for row in rows]
+
+    async def _write_plainly(self, entries: Sequence[Entry]) -> list[dict[str, Any]] | None:
+        if self._sqlite is None:
+            return None
+        return await self._sqlite.plain_transaction(lambda driver, at: link_plainly(driver, at, self._keys, entries))
+
+    async def _write_at_known_head(self, entries: Sequence[Entry]) -> list[dict[str, Any]] | None:
+        """Write without reading the head first, where it is probably as the last group left it (PostgreSQL)."""
+        head, is_alone, self._is_alone = self._head, self._is_alone, False
+        if self._single is None or head is None or not is_alone:
+            return None
+        done = await self._single(partial(link_at_head, keys=self._keys, entries=entries, known=head))
+        if done is None:
+            return None
+        self._head = done[1]
+        self._is_alone = True
+        return done[0]
 
     async def checkpoint(self, *, force: bool = False) -> None:
         """Sign (count, link) when 1,000 records or 60 s (database clock) have passed since the last; the worker calls it.

@@ -52,7 +52,7 @@ class Keys:
 
     def subject_digest(self, subject: str) -> str:
         """Return what stands for ``subject`` in the records."""
-        return mac(self.subject, subject)
+        return _subject_mac(self.subject, subject)
 
 
 def keys_of(root: bytes) -> Keys:
@@ -121,6 +121,9 @@ def mac(key: bytes, text: str) -> str:
     keyed = _keyed(key).copy()
     keyed.update(text.encode("utf-8", "surrogatepass"))
     return keyed.hexdigest()
+
+
+_subject_mac = functools.lru_cache(4_096)(mac)  # one subject's calls come close together
 
 
 @functools.lru_cache(64)

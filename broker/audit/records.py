@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import sqlite3
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import msgspec
@@ -14,8 +15,9 @@ from sqlmodel.sql.expression import SelectOfScalar
 
 from broker.audit.chain import KeySet, Row
 from broker.audit.entries import Entry
-from broker.audit.head import lock_head, move_head
+from broker.audit.head import FORGED, lock_head, move_head
 from broker.database import now
+from broker.errors import AuditUnavailable
 from broker.models import AuditRecord, new_ordered_ids
 
 BATCH = 1_000
@@ -87,6 +89,31 @@ def link_at_head(
     return (rows, KnownHead(count, chain, clock_at - time.monotonic())) if moved else None
 
 
+def link_plainly(
+    driver: sqlite3.Connection, at: float, keys: KeySet, entries: Sequence[Entry]
+) -> list[dict[str, Any]] | None:
+    """As ``link_entries``, on SQLite's own connection, in the caller's transaction; None (nothing written) without a head."""
+    found = driver.execute(_HEAD).fetchone()
+    if found is None:
+        return None
+    if not keys.wrote_head(*found):
+        raise AuditUnavailable(FORGED)
+    rows = _linked(keys, entries, found[0], found[1], at)
+    for some in _some(rows):
+        driver.execute(_insert_of(len(some)), tuple(value for row in some for value in _values(row, at)))
+    count, chain = rows[-1]["number"], rows[-1]["chain"]
+    driver.execute(_MOVE_HEAD, (count, chain, keys.current.head_mac(count, chain)))
+    return rows
+
+
+_HEAD = "SELECT count, chain, mac FROM audit_head WHERE id = 1"
+_MOVE_HEAD = "UPDATE audit_head SET count = ?, chain = ?, mac = ? WHERE id = 1"
+
+
+def _some(rows: Sequence[dict[str, Any]]) -> Iterator[Sequence[dict[str, Any]]]:
+    return (rows[start : start + SQLITE_ROWS] for start in range(0, len(rows), SQLITE_ROWS))
+
+
 def _linked(keys: KeySet, entries: Sequence[Entry], count: int, chain: str, at: float) -> list[dict[str, Any]]:
     """Return the rows of these entries behind record number ``count`` with this link (pure but for their ids)."""
     ids = new_ordered_ids("aud", len(entries), at)
@@ -98,7 +125,7 @@ def _linked(keys: KeySet, entries: Sequence[Entry], count: int, chain: str, at: 
     return rows
 
 
-def _insert(session: Session, rows: Sequence[Row], at: float) -> None:
+def _insert(session: Session, rows: Sequence[dict[str, Any]], at: float) -> None:
     """Write rows of one time in few statements: one for each row costs 25 µs of ours, these 3.
 
     The time is a value of its own: a database's reader of decimal numbers may be wrong in the last bit, and the chain
@@ -108,7 +135,7 @@ def _insert(session: Session, rows: Sequence[Row], at: float) -> None:
     if connection.dialect.name == "postgresql":
         connection.execute(_INSERT, {"rows": msgspec.json.encode(rows).decode(), "at": at})
         return
-    for some in (rows[start : start + SQLITE_ROWS] for start in range(0, len(rows), SQLITE_ROWS)):
+    for some in _some(rows):
         values = [value for row in some for value in _values(row, at)]
         connection.exec_driver_sql(_insert_of(len(some)), tuple(values))
 

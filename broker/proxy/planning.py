@@ -42,7 +42,8 @@ class Plan:
 def plan_of(configured: Configured, row: Snapshot, host: str) -> Plan:
     """Return the plan for a connection's calls to a named host.
 
-    NotFound: the integration has no host of that name, or none for this type of credential; OriginChanged: the connection was not made for where it is now.
+    NotFound: the integration has no host of that name, or none for this type of credential; OriginChanged: the connection
+    was not made for where it is now.
     """
     name = f"api:{host}"
     if host not in configured.endpoints.hosts:
