@@ -8,8 +8,11 @@ from types import MappingProxyType
 from typing import Any, get_args
 from urllib.parse import urlsplit
 
+from providers.signing import signer_of
 from providers.spec import (
     RESERVED_AUTHORIZE_PARAMS,
+    Header,
+    Member,
     OAuth2,
     Outcome,
     Provider,
@@ -17,10 +20,12 @@ from providers.spec import (
     ResetFormat,
     Signer,
     Variable,
+    Webhook,
 )
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_]{0,62}")
 HOST_NAME = re.compile(r"|[a-z0-9][a-z0-9-]{0,30}")
+WORD_LIST = re.compile(r"[a-z0-9]+(\|[a-z0-9]+)*")
 PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
 HEADER_NAME = re.compile(r"[A-Za-z0-9-]+")
 OWN_HEADER_NAME = re.compile(r"[a-z0-9_-]+")
@@ -78,8 +83,8 @@ def problems(provider: Provider) -> Iterator[str]:
     """Yield everything that is wrong with a definition, as sentences; pure."""
     if not NAME.fullmatch(provider.name):
         yield "name must be of a-z, 0-9 and _"
-    if not provider.title or not provider.credential_types:
-        yield "a title and at least one kind of credential are needed"
+    if not provider.title or not (provider.credential_types or provider.webhooks):
+        yield "a title and at least one kind of credential, or of webhook, are needed"
     if provider.env_prefix is not None and not re.fullmatch(r"[A-Z][A-Z0-9_]*", provider.env_prefix):
         yield "env_prefix must be of A-Z, 0-9 and _"
     if not all(HOST_NAME.fullmatch(name) for name in provider.hosts):
@@ -90,6 +95,9 @@ def problems(provider: Provider) -> Iterator[str]:
     yield from _header_problems("headers", provider.headers)
     yield from _minting_problems(provider)
     yield from _signer_problems(provider)
+    yield from (found for name, webhook in provider.webhooks.items() for found in _webhook_problems(name, webhook))
+    yield from _reach_problems(provider)
+    yield from _judged_problems(provider)
     if provider.rate_headers is not None:
         yield from _rate_problems(provider.rate_headers)
     if provider.oauth2 is not None:
@@ -108,7 +116,7 @@ def _url_problems(provider: Provider) -> Iterator[str]:
     declared = {variable.name: variable.example for variable in provider.variables}
     texts = {*urls.values(), *provider.headers.values()}
     used = {name for text in texts for name in PLACEHOLDER.findall(text)}
-    used |= {name for signer in provider.signers.values() for name in signer.variables}
+    used |= {name for signer in provider.signers.values() if signer is not None for name in signer.variables}
     if used - declared.keys():
         yield "a URL, header or signer has a variable that is not declared"
     if declared.keys() - used:
@@ -153,7 +161,11 @@ def _signer_problems(provider: Provider) -> Iterator[str]:
         kind, at, host = key.partition("@")
         if kind not in provider.credential_types or (at and (not host or host not in provider.hosts)):
             yield "signers are for a type that can be imported, or for a type@host with a named host"
-        yield from _owned_problems(signer)
+        if signer is not None:
+            yield from _owned_problems(signer)
+    for kind in provider.credential_types:
+        if all(signer_of(provider, kind, host) is None for host in provider.hosts or {"": ""}):
+            yield "signers must not leave a type without any host"
     named = {f"aws@{host}" if host else "aws" for host in provider.hosts}
     if provider.aws is not None and "aws" not in provider.signers and not (named and named <= provider.signers.keys()):
         yield "an AWS key needs a signer for each host"
@@ -166,6 +178,31 @@ def _owned_problems(signer: Signer) -> Iterator[str]:
         yield "a signer's params must be plain names"
 
 
+def _reach_problems(provider: Provider) -> Iterator[str]:
+    """Yield where a token could be sent to a server that whoever begins a flow chose, beside the one that issued it.
+
+    A session may give any variable, also a learned one. In a host's name it is harmless where the flow itself went by it
+    (an address of the flow has it, or the token or the callback brought it, and a contradiction was refused), and where its
+    pattern lists the vendor's own few places. What ``identify`` finds is not taken for that: no file says that it will.
+    """
+    oauth2 = provider.oauth2 or OAuth2()
+    settled = {*PLACEHOLDER.findall(oauth2.authorize_url + oauth2.token_url)}
+    settled |= {*oauth2.token_variables, *oauth2.callback_variables}
+    settled |= {variable.name for variable in provider.variables if WORD_LIST.fullmatch(variable.pattern)}
+    kinds = [kind for kind in provider.credential_types if kind == "oauth2" or kind in provider.minting]
+    for host, url in provider.hosts.items():
+        chosen = set(PLACEHOLDER.findall(url.removeprefix("https://").partition("/")[0])) - settled
+        if chosen and any(signer_of(provider, kind, host) is not None for kind in kinds):
+            yield f"hosts[{host!r}] must not get a token: a session may choose where it is (say None in signers)"
+
+
+def _judged_problems(provider: Provider) -> Iterator[str]:
+    if not all(re.fullmatch(r"[A-Za-z0-9_$.-]+", name) for name in provider.method_params):
+        yield "method_params must be plain names"
+    if not all(OWN_HEADER_NAME.fullmatch(name) for name in provider.path_headers):
+        yield "path_headers must be plain names in lower case"
+
+
 def _rate_problems(rate_headers: RateHeaders) -> Iterator[str]:
     told = [name for pairs in rate_headers.statuses.values() for name, _ in pairs]
     if not all(OWN_HEADER_NAME.fullmatch(name) for name in (*rate_headers.remaining, *rate_headers.reset, *told)):
@@ -174,6 +211,28 @@ def _rate_problems(rate_headers: RateHeaders) -> Iterator[str]:
         yield "the reset_format of rate_headers is not one that is known"
     if not all(400 <= status <= 599 for status in rate_headers.statuses):
         yield "the statuses of rate_headers must be those of errors"
+
+
+def _webhook_problems(name: str, webhook: Webhook) -> Iterator[str]:
+    scheme = webhook.scheme
+    places = [*webhook.event, webhook.action, webhook.delivery_id, *scheme.signs]
+    pointers = [place.pointer for place in places if isinstance(place, Member)]
+    fields = [*scheme.carries, *(place.name for place in places if isinstance(place, Header))]
+    if not HOST_NAME.fullmatch(name) or not _https(webhook.docs_url):
+        yield "a webhook's name must be empty or of a-z, 0-9 and -, and its docs_url an https URL without a query"
+    if not all(OWN_HEADER_NAME.fullmatch(field) for field in fields):
+        yield "a webhook must name fields in lower case"
+    if not all(pointer.startswith("/") for pointer in pointers):
+        yield "a webhook must name members by JSON Pointers, which begin with /"
+    if isinstance(webhook.delivery_id, Member) and "/*" in webhook.delivery_id.pointer:
+        yield "a delivery has one id, so its pointer must not have a *"
+    if webhook.acknowledgement is not None and not 200 <= webhook.acknowledgement.status <= 299:
+        yield "an acknowledgement must have a status of 2xx"
+    if not all(_https(origin) and urlsplit(origin).path == "" for origin in scheme.asks):
+        yield "a webhook's scheme may ask https origins only"
+    named = [setting.name for setting in webhook.settings]
+    if len(set(named)) < len(named) or not all(PARAMETER_NAME.fullmatch(setting) for setting in named):
+        yield "a webhook's settings must be of a-z, 0-9 and _, each once"
 
 
 def _header_problems(what: str, headers: Mapping[str, str]) -> Iterator[str]:

@@ -6,19 +6,25 @@ by reusing an authorized refresh token", PKCE), https://developers.asana.com/ref
 
 from urllib.parse import urlencode
 
+from providers.handshakes import learned_secret
 from providers.oidc import proof
 from providers.spec import (
     Account,
     ApiKey,
     Credential,
     Dialogue,
+    Header,
+    Member,
     OAuth2,
     Outgoing,
     Provider,
     ProviderAnswerError,
     Refresh,
+    Reply,
     Revocation,
+    Webhook,
 )
+from providers.verifying import hmac_signature
 
 
 def identify(credential: Credential) -> Dialogue[Account]:
@@ -69,4 +75,16 @@ PROVIDER = Provider(
     hosts={"": "https://app.asana.com/api/1.0"},
     identify=identify,
     env_prefix="ASANA",
+    webhooks={
+        "": Webhook(
+            hmac_signature("x-hook-signature"),
+            "https://developers.asana.com/docs/webhooks-guide",
+            event=(Member("/events/*/resource/resource_type"),),
+            action=Member("/events/*/action"),
+            otherwise="heartbeat",  # a list without events
+            acknowledgement=Reply(200),
+            handshakes=(learned_secret(Header("x-hook-secret"), echo=True),),
+            help="X-Hook-Secret, which the first request brings",
+        )
+    },
 )

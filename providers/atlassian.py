@@ -15,7 +15,9 @@ from providers.spec import (
     Basic,
     Credential,
     Dialogue,
+    Header,
     Incoming,
+    Member,
     OAuth2,
     Outgoing,
     Provider,
@@ -23,7 +25,9 @@ from providers.spec import (
     RateHeaders,
     Refresh,
     Variable,
+    Webhook,
 )
+from providers.verifying import hmac_signature
 
 CLOUD_ID = r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}"
 DAY_SECONDS = 86_400
@@ -85,7 +89,6 @@ PROVIDER = Provider(
         parse_token=parse_token,
     ),
     basic=Basic("E-mail and API token", "id.atlassian.com, Security, API tokens; the user name is the e-mail address"),
-    # A token of OAuth is refused at the site itself, a pair of e-mail and API token is not.
     rate_headers=RateHeaders(remaining=("x-ratelimit-remaining",)),
     hosts={
         "": "https://api.atlassian.com",
@@ -93,6 +96,8 @@ PROVIDER = Provider(
         "confluence": "https://api.atlassian.com/ex/confluence/{cloud_id}",
         "site": "https://{site}.atlassian.net",
     },
+    # A token of OAuth is refused at the site itself, a pair of e-mail and API token is not; and anybody may name a site.
+    signers={"oauth2@site": None},
     variables=(
         Variable("cloud_id", CLOUD_ID, "11223344-a1b2-3b33-c444-def123456789", learned=True),
         # An import of a pair brings it; a flow does not ask for it, and goes without that host.
@@ -100,4 +105,14 @@ PROVIDER = Provider(
     ),
     identify=identify,
     env_prefix="ATLASSIAN",
+    webhooks={
+        # Webhooks that an administrator made with a secret. Those that an OAuth app registers carry a token instead.
+        "": Webhook(
+            hmac_signature("x-hub-signature", prefix="sha256="),
+            "https://developer.atlassian.com/cloud/jira/platform/webhooks/",
+            event=(Member("/webhookEvent"),),
+            delivery_id=Header("x-atlassian-webhook-identifier"),
+            help="The webhook's secret",
+        )
+    },
 )

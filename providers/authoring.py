@@ -11,38 +11,41 @@ import importlib
 import pkgutil
 import re
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import providers
 from providers import NAME, URL_FIELDS, CatalogError, collect
+from providers.receiving import sign_sample, verify
 from providers.signing import FIELD_VALUE, signer_of
 from providers.spec import (
     Account,
     Call,
     Credential,
     Dialogue,
+    Header,
     Incoming,
     Material,
     OAuth2,
     Outgoing,
     Provider,
     ProviderAnswerError,
+    Received,
+    Sample,
     Secret,
     Signed,
     Signer,
+    SourceKeys,
+    Verified,
+    Webhook,
 )
 
 T = TypeVar("T")
 MOST_REQUESTS = 5
 SIGNED_NAME = re.compile(rb"[a-z0-9_-]+")
 RAW_QUERY = re.compile(rb"[\x21\x22\x24-\x7e]*")
-TOOLS = frozenset(
-    {"authoring", "client_auth", "hmac_signing", "message_signatures", "minting", "rates", "signing", "sigv4", "spec"}
-    | {"verifying"}
-)
 TOKENS = {"access token": "access-token-made-up", "refresh token": "refresh-token-made-up", "secret": "secret-made-up"}
 ANSWERS = (  # what a provider may say on a bad day, and on a good one
     Incoming(200, body=b"{}"),
@@ -65,6 +68,7 @@ MATERIAL: Mapping[str, Mapping[str, str]] = {
     },
 }
 TOKEN_MATERIAL: Mapping[str, str] = {"access_token": TOKENS["access token"]}
+POSTED_TO = "https://hooks.example.test/webhooks/src_1"
 BODIES = (  # content type and body of calls
     (b"application/json", b'{"a": [1]}'),
     (b"application/x-www-form-urlencoded", b"a=1&b="),
@@ -83,9 +87,18 @@ TOKEN_ANSWERS: tuple[Mapping[str, Any], ...] = (
 
 
 def names() -> list[str]:
-    """Return the modules beside this one that may be a provider's file, sorted."""
-    tools = TOOLS
-    return sorted(found.name for found in pkgutil.iter_modules(providers.__path__) if found.name not in tools)
+    """Return the modules beside this one that may be a provider's file, sorted: those that export PROVIDER, or are broken."""
+    return [name for name in _beside() if not is_tool(name)]
+
+
+def is_tool(name: str) -> bool:
+    """Say whether a module beside this one is no provider's file: it can be imported and exports no PROVIDER."""
+    module = _imported(name)
+    return not isinstance(module, str) and "PROVIDER" not in module
+
+
+def _beside() -> list[str]:
+    return sorted(found.name for found in pkgutil.iter_modules(providers.__path__))
 
 
 def check_all() -> list[str]:
@@ -135,6 +148,8 @@ def trials(provider: Provider) -> Iterator[str]:
         yield from _revoke_trials(provider, oauth2.revocation.dialogue)
     if oauth2 is not None and oauth2.parse_token is not None:
         yield from _parse_trials(oauth2.parse_token)
+    for webhook in provider.webhooks.values():
+        yield from _webhook_trials(provider, webhook)
     for kind in provider.credential_types:
         for host in provider.hosts or {"": ""}:
             yield from _signer_trials(provider, kind, host)
@@ -179,6 +194,8 @@ def _parse_trials(parse: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> It
 
 def _signer_trials(provider: Provider, kind: str, host: str) -> Iterator[str]:
     signer, material = signer_of(provider, kind, host), made_up_material(provider, kind)
+    if signer is None:
+        return
     signed = 0
     for call in _made_up_calls(signer):
         results, problem = _signing_tried(signer, call, material)
@@ -188,6 +205,41 @@ def _signer_trials(provider: Provider, kind: str, host: str) -> Iterator[str]:
         signed += len(results)
     if not signed:
         yield f"the signer of {kind} can sign no call at all"
+
+
+def _webhook_trials(provider: Provider, webhook: Webhook) -> Iterator[str]:
+    """Yield what a webhook takes for proven that is not, or does not take that is; with a made-up secret and answers."""
+    scheme = webhook.scheme
+    seed = bytes(range(32))
+    secret, signing = scheme.pair(seed) if scheme.pair is not None else (Secret(TOKENS["secret"]), None)
+    settings = {setting.name: Secret("made-up") for setting in webhook.settings}
+    keys = SourceKeys((secret,), 1_700_000_000.0, settings)
+    for received in _made_up_posts(webhook):
+        for answer in ANSWERS:
+            asked, found, problem = _tried(verify(provider.name, webhook, received, keys), answer)
+            yield from _named("a webhook", _asked_problems(scheme.asks, asked), problem)
+            if isinstance(found, Verified):
+                yield "a webhook takes a request for proven that is not signed"
+    if scheme.sign is not None and signing is not None:
+        sample = sign_sample(webhook, Sample("made-up", POSTED_TO, keys.now, "delivery-1"), signing)
+        _, found, _ = _tried(verify(provider.name, webhook, sample, keys), ANSWERS[0])
+        if not isinstance(found, Verified):
+            yield "a webhook refuses what its own scheme signed"
+
+
+def _made_up_posts(webhook: Webhook) -> Iterator[Received]:
+    scheme = webhook.scheme
+    places = (*scheme.signs, *webhook.event, webhook.action, webhook.delivery_id)
+    names = sorted({*scheme.carries, *(place.name for place in places if isinstance(place, Header))})
+    for value in (None, b"", b"made-up", b"t=1700000000,v1=00", b"\xff"):
+        headers = () if value is None else tuple((name.encode(), value) for name in names)
+        for body in (b"", b"{}", b"[]", b"null", b'{"type": 1}', b"a=1", b"\xff"):
+            yield from (Received(method, POSTED_TO, headers, body) for method in ("POST", "GET", "PUT"))
+
+
+def _asked_problems(origins: Sequence[str], asked: list[Outgoing]) -> Iterator[str]:
+    if any(_origin(request.url) not in origins for request in asked):
+        yield "asks a server that its scheme does not name"
 
 
 def _signing_tried(signer: Signer, call: Call, material: Material) -> tuple[list[object], str | None]:
@@ -303,7 +355,7 @@ def _origin(url: str) -> str:
 
 def skeleton(name: str) -> str:
     """Return a provider's file to begin with, which is valid as it stands; ``ValueError`` for what cannot be a name."""
-    if name in TOOLS:
+    if name in _beside() and is_tool(name):
         raise ValueError("this name is taken by a module that is no provider")
     if not NAME.fullmatch(name) or not name.isidentifier():
         raise ValueError("a provider's name is of a-z, 0-9 and _, and begins with a letter")

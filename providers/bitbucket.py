@@ -17,13 +17,16 @@ from providers.spec import (
     Basic,
     Credential,
     Dialogue,
+    Header,
     OAuth2,
     Outgoing,
     Provider,
     ProviderAnswerError,
     RateHeaders,
     Refresh,
+    Webhook,
 )
+from providers.verifying import hmac_signature
 
 DEAD = "Invalid refresh_token"
 
@@ -71,4 +74,13 @@ PROVIDER = Provider(
     hosts={"": "https://api.bitbucket.org/2.0"},
     identify=identify,
     env_prefix="BITBUCKET",
+    webhooks={
+        "": Webhook(
+            hmac_signature("x-hub-signature", prefix="sha256="),
+            "https://support.atlassian.com/bitbucket-cloud/docs/manage-webhooks/",
+            event=(Header("x-event-key"),),
+            delivery_id=Header("x-request-uuid"),
+            help="The webhook's secret",
+        )
+    },
 )

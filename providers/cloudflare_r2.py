@@ -20,6 +20,7 @@ PROVIDER = Provider(
         "eu": "https://{account_id}.eu.r2.cloudflarestorage.com",
         "fedramp": "https://{account_id}.fedramp.r2.cloudflarestorage.com",
     },
-    signers={"aws": sigv4("s3", region="auto", s3=True)},
+    signers={"aws": sigv4("s3", region="auto", s3=True)},  # whatever region a key was imported with
+    path_headers=("x-amz-copy-source",),
     variables=(Variable("account_id", r"[0-9a-f]{32}", "0123456789abcdef0123456789abcdef"),),
 )

@@ -6,6 +6,7 @@ https://discord.com/developers/docs/resources/user (discord/discord-api-docs, de
 
 from urllib.parse import urlencode
 
+from providers.handshakes import JSON, ping
 from providers.minting import client_credentials
 from providers.oidc import proof
 from providers.signing import scheme
@@ -14,14 +15,19 @@ from providers.spec import (
     ApiKey,
     Credential,
     Dialogue,
+    Header,
+    Member,
     OAuth2,
     Outgoing,
     Provider,
     ProviderAnswerError,
     RateHeaders,
     Refresh,
+    Reply,
     Revocation,
+    Webhook,
 )
+from providers.verifying import ed25519_signature
 
 # "DiscordBot ($url, $version)"; a request with another is liable to be blocked.
 HEADERS = {"User-Agent": "DiscordBot (https://credential-broker.invalid, 1)"}
@@ -77,4 +83,22 @@ PROVIDER = Provider(
     headers=HEADERS,
     identify=identify,
     env_prefix="DISCORD",
+    webhooks={
+        "": Webhook(
+            ed25519_signature(
+                "x-signature-ed25519", signed="{timestamp}{body}", timestamp=Header("x-signature-timestamp")
+            ),
+            "https://docs.discord.com/developers/events/webhook-events",
+            event=(Member("/event/type"),),
+            otherwise="interaction",
+            acknowledgement=Reply(204, JSON),
+            handshakes=(
+                ping({Member("/type"): "0"}, Reply(204, JSON)),
+                ping(
+                    {Member("/type"): "1", Member("/event/type"): None}, Reply(200, JSON, b'{"type":1}')
+                ),  # of interactions
+            ),
+            help="Developer Portal, General Information: the public key",
+        )
+    },
 )

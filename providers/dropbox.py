@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlencode
 
+from providers.handshakes import echoed_parameter
 from providers.oidc import proof
 from providers.spec import (
     Account,
@@ -20,9 +21,12 @@ from providers.spec import (
     Provider,
     ProviderAnswerError,
     Refresh,
+    Reply,
     Revocation,
     Secret,
+    Webhook,
 )
+from providers.verifying import hmac_signature
 
 
 def parse_token(answer: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -117,4 +121,15 @@ PROVIDER = Provider(
     },
     identify=identify,
     env_prefix="DROPBOX",
+    webhooks={
+        "": Webhook(
+            hmac_signature("x-dropbox-signature"),
+            "https://www.dropbox.com/developers/reference/webhooks",
+            otherwise="notification",
+            repeats=True,  # it names accounts, and not what happened
+            acknowledgement=Reply(200),
+            handshakes=(echoed_parameter("challenge"),),
+            help="The app's secret",
+        )
+    },
 )

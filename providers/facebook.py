@@ -9,18 +9,24 @@ facebookarchive/php-graph-sdk#538 (a refused secret).
 from collections.abc import Mapping
 from typing import Any
 
+from providers.handshakes import subscription_challenge
 from providers.spec import (
     Account,
     ApiKey,
     Credential,
     Dialogue,
+    Member,
     OAuth2,
     Outgoing,
     Provider,
     ProviderAnswerError,
     Refresh,
+    Reply,
     Revocation,
+    Setting,
+    Webhook,
 )
+from providers.verifying import hmac_signature
 
 VERSION = "v24.0"  # an address without one follows the app's oldest
 DEAD_TOKEN = 190
@@ -90,7 +96,21 @@ PROVIDER = Provider(
         revocation=Revocation(revoke, kills="grant", kills_with_refresh="grant"),
     ),
     api_key=ApiKey("System user, page or app token", "Business settings, System users; or the Graph API Explorer"),
+    method_params=("method",),
     hosts={"": "https://graph.facebook.com"},
     identify=identify,
     env_prefix="FACEBOOK",
+    webhooks={
+        "": Webhook(
+            hmac_signature("x-hub-signature-256", prefix="sha256="),
+            "https://developers.facebook.com/docs/graph-api/webhooks/getting-started",
+            event=(Member("/object"),),
+            acknowledgement=Reply(200),
+            handshakes=(subscription_challenge("verify_token"),),
+            settings=(
+                Setting("verify_token", "The text under Verify token in the app's webhook settings", secret=True),
+            ),
+            help="The app's secret",
+        )
+    },
 )

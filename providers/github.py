@@ -21,6 +21,8 @@ from providers.spec import (
     ApiKey,
     Credential,
     Dialogue,
+    Header,
+    Member,
     Minter,
     Minting,
     OAuth2,
@@ -31,7 +33,9 @@ from providers.spec import (
     RateHeaders,
     Refresh,
     Revocation,
+    Webhook,
 )
+from providers.verifying import hmac_signature
 
 HEADERS = {
     "Accept": "application/vnd.github+json",
@@ -208,4 +212,15 @@ PROVIDER = Provider(
     headers=HEADERS,
     identify=identify,
     env_prefix="GITHUB",
+    webhooks={
+        # The event and the delivery's id are fields, and GitHub signs the body alone. X-Hub-Signature (SHA-1) is not looked at.
+        "": Webhook(
+            hmac_signature("x-hub-signature-256", prefix="sha256="),
+            "https://docs.github.com/en/webhooks/using-webhooks/validating-webhook-deliveries",
+            event=(Header("x-github-event"),),
+            action=Member("/action"),
+            delivery_id=Header("x-github-delivery"),
+            help="The webhook's or the app's secret",
+        )
+    },
 )

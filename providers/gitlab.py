@@ -14,6 +14,8 @@ from providers.spec import (
     ApiKey,
     Credential,
     Dialogue,
+    Header,
+    Member,
     OAuth2,
     Outgoing,
     Provider,
@@ -21,7 +23,9 @@ from providers.spec import (
     RateHeaders,
     Refresh,
     Revocation,
+    Webhook,
 )
+from providers.verifying import shared_token, standard_webhooks
 
 # A key may stand in either field, whatever the credential goes into: python-gitlab chooses by the name of its argument.
 KEY_FIELDS = ("authorization", "private-token", "job-token")
@@ -69,4 +73,23 @@ PROVIDER = Provider(
     hosts={"": "https://gitlab.com"},  # the libraries put /api/v4 behind it themselves
     identify=identify,
     env_prefix="GITLAB",
+    webhooks={
+        # The secret itself comes along, and nothing is signed.
+        "": Webhook(
+            shared_token(Header("x-gitlab-token")),
+            "https://docs.gitlab.com/user/project/integrations/webhooks/",
+            event=(Member("/object_kind"), Header("x-gitlab-event")),
+            action=Member("/object_attributes/action"),
+            delivery_id=Header("idempotency-key"),
+            help="The webhook's secret token",
+        ),
+        "signed": Webhook(
+            standard_webhooks(),
+            "https://docs.gitlab.com/user/project/integrations/webhooks/",
+            event=(Member("/object_kind"), Header("x-gitlab-event")),
+            action=Member("/object_attributes/action"),
+            delivery_id=Header("webhook-id"),
+            help="The webhook's signing token, whsec_…",
+        ),
+    },
 )

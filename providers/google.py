@@ -14,6 +14,8 @@ from providers.minting import json_object, jwt_grant, require_private_key, requi
 from providers.oidc import revoke_without_client, userinfo
 from providers.spec import (
     Account,
+    Header,
+    Member,
     Minter,
     Minting,
     OAuth2,
@@ -23,7 +25,11 @@ from providers.spec import (
     RateHeaders,
     Refresh,
     Revocation,
+    Setting,
+    Webhook,
 )
+from providers.verifying import shared_token
+from providers.webhook_tokens import bearer_token
 
 TOKEN_URL = "https://oauth2.googleapis.com/token"  # noqa: S105 - an address
 HOUR_SECONDS = 3600
@@ -144,4 +150,26 @@ PROVIDER = Provider(
     },
     identify=userinfo,
     env_prefix="GOOGLE",
+    webhooks={
+        # Notifications of a watch channel have no body and no signature; the channel's token is what the broker chose.
+        "": Webhook(
+            shared_token(Header("x-goog-channel-token")),
+            "https://developers.google.com/workspace/drive/api/guides/push",
+            event=(Header("x-goog-resource-state"),),
+            help="The token that the channel was opened with",
+        ),
+        # The token says who pushes, and for which audience; of the body it says nothing.
+        "pubsub": Webhook(
+            bearer_token(
+                "https://www.googleapis.com/oauth2/v3/certs", ("https://accounts.google.com", "accounts.google.com")
+            ),
+            "https://cloud.google.com/pubsub/docs/authenticate-push-subscriptions",
+            otherwise="message",
+            delivery_id=Member("/message/messageId"),
+            settings=(
+                Setting("audience", "The push subscription's audience, by default the source's address"),
+                Setting("account", "The e-mail address of the service account that pushes"),
+            ),
+        ),
+    },
 )

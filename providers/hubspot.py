@@ -17,6 +17,8 @@ from providers.spec import (
     ApiKey,
     Credential,
     Dialogue,
+    Header,
+    Member,
     OAuth2,
     Outgoing,
     Provider,
@@ -24,7 +26,9 @@ from providers.spec import (
     RateHeaders,
     Refresh,
     Revocation,
+    Webhook,
 )
+from providers.verifying import SECONDS, hash_after_secret, hmac_signature
 
 
 def parse_token(answer: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -84,4 +88,32 @@ PROVIDER = Provider(
     hosts={"": "https://api.hubapi.com"},
     identify=identify,
     env_prefix="HUBSPOT",
+    webhooks={
+        "": Webhook(
+            hmac_signature(
+                "x-hubspot-signature-v3",
+                signed="{method}{url}{body}{timestamp}",
+                encoding="base64",
+                timestamp=Header("x-hubspot-request-timestamp"),
+                time_form="milliseconds",
+                tolerance_seconds=SECONDS,
+            ),
+            "https://developers.hubspot.com/docs/apps/developer-platform/build-apps/authentication/request-validation",
+            event=(Member("/*/subscriptionType"),),
+            help="The app's client secret",
+        ),
+        # The older ones are a plain hash and no keyed one, and have no time: for apps that get nothing better.
+        "v1": Webhook(
+            hash_after_secret("x-hubspot-signature"),
+            "https://developers.hubspot.com/docs/apps/legacy-apps/authentication/validating-requests",
+            event=(Member("/*/subscriptionType"),),
+            help="The app's client secret",
+        ),
+        "v2": Webhook(
+            hash_after_secret("x-hubspot-signature", signed="{method}{url}{body}"),
+            "https://developers.hubspot.com/docs/apps/legacy-apps/authentication/validating-requests",
+            event=(Member("/*/subscriptionType"),),
+            help="The app's client secret",
+        ),
+    },
 )

@@ -13,13 +13,17 @@ from providers.spec import (
     ApiKey,
     Credential,
     Dialogue,
+    Member,
     OAuth2,
     Outgoing,
     Provider,
     ProviderAnswerError,
     RateHeaders,
+    Reply,
     Revocation,
+    Webhook,
 )
+from providers.verifying import hmac_signature
 
 
 def parse_token(answer: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -82,4 +86,14 @@ PROVIDER = Provider(
     hosts={"": "https://api.intercom.io", "eu": "https://api.eu.intercom.io", "au": "https://api.au.intercom.io"},
     identify=identify,
     env_prefix="INTERCOM",
+    webhooks={
+        "": Webhook(
+            hmac_signature("x-hub-signature", prefix="sha1=", digest="sha1"),
+            "https://developers.intercom.com/docs/references/webhooks/webhook-models",
+            event=(Member("/topic"),),
+            delivery_id=Member("/id"),
+            acknowledgement=Reply(200),
+            help="The app's client secret",
+        )
+    },
 )

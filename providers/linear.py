@@ -14,14 +14,19 @@ from providers.spec import (
     ApiKey,
     Credential,
     Dialogue,
+    Header,
+    Member,
     OAuth2,
     Outgoing,
     Provider,
     ProviderAnswerError,
     RateHeaders,
     Refresh,
+    Reply,
     Revocation,
+    Webhook,
 )
+from providers.verifying import SECONDS, hmac_signature
 
 VIEWER = json.dumps({"query": "{ viewer { id name email } }"}).encode()
 
@@ -81,4 +86,20 @@ PROVIDER = Provider(
     hosts={"": "https://api.linear.app/graphql"},
     identify=identify,
     env_prefix="LINEAR",
+    webhooks={
+        "": Webhook(
+            hmac_signature(
+                "linear-signature",
+                timestamp=Member("/webhookTimestamp"),
+                time_form="milliseconds",
+                tolerance_seconds=SECONDS,
+            ),
+            "https://linear.app/developers/webhooks",
+            event=(Member("/type"),),
+            action=Member("/action"),
+            delivery_id=Header("linear-delivery"),
+            acknowledgement=Reply(200),
+            help="The webhook's signing secret, lin_wh_…",
+        )
+    },
 )

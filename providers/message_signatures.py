@@ -33,6 +33,23 @@ SIGNED_NAME = re.compile(
 LABEL = re.compile(r"[a-z*][a-z0-9_.*-]*")
 DIGEST_MEMBER = re.compile(r"\s*([a-z*][a-z0-9_.*-]*)\s*=\s*:([A-Za-z0-9+/=]*):\s*")
 UNPRINTABLE = re.compile(r'[^\x20-\x7e]|["\\]')
+SIGNABLE = re.compile(r"[\t\x20-\x7e]*")
+# A dictionary (RFC 8941 3.2). Every repetition is possessive, so that reading takes time in proportion to the text.
+KEY = r"[a-z*][a-z0-9_.*-]*+"
+STRING = r'"(?:[ !#-\[\]-~]|\\["\\])*+"'
+NUMBER = r"-?[0-9]{1,15}+(?:\.[0-9]{1,3}+)?+"
+BARE_ITEM = rf"(?:{STRING}|{NUMBER}|[A-Za-z*][A-Za-z0-9!#$%&'*+.^_`|~:/-]*+|:[A-Za-z0-9+/=]*+:|\?[01])"
+PARAMETERS = rf"(?:; *+{KEY}(?:={BARE_ITEM})?+)*+"
+ITEM = rf"{BARE_ITEM}{PARAMETERS}"
+INNER_LIST = rf"\( *+(?:{ITEM}(?: ++{ITEM})*+)?+ *+\){PARAMETERS}"
+MEMBER = re.compile(rf"({KEY})(?:=({INNER_LIST}|{ITEM})|({PARAMETERS}))")
+COMMA = re.compile(r"[ \t]*+,[ \t]*+")
+# What is verified is the text as it came, so it must have the one form that a serializer gives it (RFC 8941 4.1.1).
+QUOTED_NAME = rf'"(?:{SIGNED_NAME.pattern})"'
+COVERED = re.compile(
+    rf"\((?P<names>(?:{QUOTED_NAME}(?: {QUOTED_NAME})*+)?+)\)(?P<parameters>(?:;{KEY}(?:={BARE_ITEM})?+)*+)"
+)
+SAID = re.compile(rf";({KEY})(?:=({BARE_ITEM}))?+")
 PrivateKey = ed25519.Ed25519PrivateKey | ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey
 PublicKey = ed25519.Ed25519PublicKey | ec.EllipticCurvePublicKey | rsa.RSAPublicKey
 
@@ -120,10 +137,16 @@ def message_signature(
 
 
 def signature_base(message: Message, covered: Sequence[str], parameters: str) -> str:
-    """Return the signature base (RFC 9421 2.5); ``ValueError`` for a component that is missing, unknown or named twice."""
+    """Return the signature base (RFC 9421 2.5); ``ValueError`` for a component that is missing, unknown or named twice.
+
+    Also for a value with a control character, which could be taken for a further line, or that is not ASCII.
+    """
     if len(set(covered)) < len(covered):
         raise ValueError("a component is covered twice")
-    lines = [f'"{name}": {_component(message, name)}' for name in covered]
+    values = [_component(message, name) for name in covered]
+    if not all(map(SIGNABLE.fullmatch, (*values, parameters))):
+        raise ValueError("what is signed must be ASCII without control characters")
+    lines = [f'"{name}": {value}' for name, value in zip(covered, values, strict=True)]
     return "\n".join([*lines, f'"@signature-params": {parameters}'])
 
 
@@ -160,16 +183,24 @@ def verified(base: bytes, signature: bytes, algorithm: Algorithm, key: str) -> b
 
 
 def verify_message(message: Message, label: str, algorithm: Algorithm, key: str) -> bool:
-    """Say whether the signature of a label that a message carries is good (``ValueError``: it carries none of this form)."""
+    """Say whether the signature of a label that a message carries is good (``ValueError``: it carries none of this form).
+
+    False also where the message names another algorithm.
+    """
     said = _member(message, "signature-input", label)
-    found = re.fullmatch(r'\(((?:"[^"]*"(?: "[^"]*")*)?)\)(;.*)?', said)
+    found = COVERED.fullmatch(said)
     if found is None:
         raise ValueError("Signature-Input has a form that is not known")
-    covered = re.findall(r'"([^"]*)"', found[1])
+    covered = re.findall(r'"([^"]*)"', found["names"])
+    parameters = [(one[1], one[2]) for one in SAID.finditer(found["parameters"])]
+    if len(dict(parameters)) < len(parameters):
+        raise ValueError("Signature-Input has a parameter twice")
     signature = re.fullmatch(r":([A-Za-z0-9+/=]*):", _member(message, "signature", label))
     if signature is None:
         raise ValueError("Signature is no byte sequence")
-    return verified(signature_base(message, covered, said).encode(), _decoded(signature[1]), algorithm, key)
+    base = signature_base(message, covered, said)
+    good = verified(base.encode(), _decoded(signature[1]), algorithm, key)
+    return good and dict(parameters).get("alg", f'"{algorithm}"') == f'"{algorithm}"'
 
 
 def content_digest(body: bytes, algorithm: str = "sha-256") -> str:
@@ -211,6 +242,8 @@ def _message(call: Call, added: Iterable[tuple[str, str]]) -> Message:
 
 
 def _component(message: Message, name: str) -> str:
+    if not SIGNED_NAME.fullmatch(name):
+        raise ValueError("a component is covered that is not known here")
     if not name.startswith("@"):
         return _joined(message, name)
     if message.status is not None:
@@ -239,20 +272,31 @@ def _plain_authority(message: Message) -> str:
 
 
 def _joined(message: Message, name: str) -> str:
-    values = [value.strip() for held, value in message.headers if held.lower() == name]
+    values = [value.strip(" \t") for held, value in message.headers if held.lower() == name]
     if not values:
         raise ValueError(f"the request has no {name}, which has to be signed")
     return ", ".join(values)
 
 
 def _member(message: Message, name: str, label: str) -> str:
-    """Return the value of one label in a dictionary field; commas within quotes and lists do not end it."""
-    text = _joined(message, name)
-    members = re.findall(r'([a-z*][a-z0-9_.*-]*)=((?:"[^"]*"|\([^()]*\)|[^,"()])*)(?:,\s*|$)', text)
-    values = [value.strip() for held, value in members if held == label]
+    """Return the value of one label in a dictionary field; ``ValueError`` where all of it is no dictionary (RFC 8941 4.2.2)."""
+    text = _joined(message, name).strip(" ")
+    values, at = [], 0
+    while True:
+        found = MEMBER.match(text, at)
+        if found is None:
+            raise ValueError(f"{name} is no dictionary")
+        if found[1] == label:
+            values.append(found[2] or "")
+        if found.end() == len(text):
+            break
+        comma = COMMA.match(text, found.end())
+        if comma is None:
+            raise ValueError(f"{name} is no dictionary")
+        at = comma.end()
     if len(values) != 1:
         raise ValueError(f"{name} has no such label, or has it twice")
-    return str(values[0])
+    return values[0]
 
 
 def _decoded(text: str) -> bytes:

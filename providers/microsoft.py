@@ -12,11 +12,13 @@ template, and every tenant of the world would fit it. Graph, asked with the toke
 from collections.abc import Mapping
 from typing import Any
 
+from providers.handshakes import echoed_parameter
 from providers.minting import require_text, token_request
 from providers.spec import (
     Account,
     Credential,
     Dialogue,
+    Member,
     Minter,
     Minting,
     OAuth2,
@@ -25,7 +27,9 @@ from providers.spec import (
     ProviderAnswerError,
     Refresh,
     Variable,
+    Webhook,
 )
+from providers.verifying import shared_token
 
 GRAPH = "https://graph.microsoft.com"
 RESOURCE = r"(https|api)://[A-Za-z0-9._~/-]{1,256}"
@@ -111,4 +115,14 @@ PROVIDER = Provider(
     ),
     identify=identify,
     env_prefix="MICROSOFT",
+    webhooks={
+        # Change notifications of Graph: each element has the subscription's clientState, and nothing is signed.
+        "": Webhook(
+            shared_token(Member("/value/*/clientState")),
+            "https://learn.microsoft.com/graph/change-notifications-delivery-webhooks",
+            event=(Member("/value/*/lifecycleEvent"), Member("/value/*/changeType")),
+            handshakes=(echoed_parameter("validationToken", method="POST"),),
+            help="The subscription's clientState",
+        )
+    },
 )

@@ -9,19 +9,23 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from providers.handshakes import learned_secret
 from providers.oidc import proof
 from providers.spec import (
     Account,
     ApiKey,
     Credential,
     Dialogue,
+    Member,
     OAuth2,
     Outgoing,
     Provider,
     ProviderAnswerError,
     Refresh,
     Revocation,
+    Webhook,
 )
+from providers.verifying import hmac_signature
 
 # A call without it is refused. The version of the SDK's fifth generation; a call that brings its own is another matter.
 VERSION = {"Notion-Version": "2025-09-03"}
@@ -91,4 +95,14 @@ PROVIDER = Provider(
     headers=VERSION,
     identify=identify,
     env_prefix="NOTION",
+    webhooks={
+        "": Webhook(
+            hmac_signature("x-notion-signature", prefix="sha256="),
+            "https://developers.notion.com/reference/webhooks",
+            event=(Member("/type"),),
+            delivery_id=Member("/id"),
+            handshakes=(learned_secret(Member("/verification_token")),),
+            help="The verification token, which the first request brings; paste it into Notion's settings",
+        )
+    },
 )

@@ -4,7 +4,15 @@ Sources: https://developers.openai.com/api/reference/overview, https://platform.
 openai/openai-python (the base URL, with its ``/v1``).
 """
 
-from providers.spec import ApiKey, Provider, RateHeaders
+from providers.spec import (
+    ApiKey,
+    Header,
+    Member,
+    Provider,
+    RateHeaders,
+    Webhook,
+)
+from providers.verifying import standard_webhooks
 
 PROVIDER = Provider(
     name="openai",
@@ -21,4 +29,13 @@ PROVIDER = Provider(
         reset=("x-ratelimit-reset-requests", "x-ratelimit-reset-tokens"),
         reset_format="duration",
     ),
+    webhooks={
+        "": Webhook(
+            standard_webhooks(),
+            "https://platform.openai.com/docs/guides/webhooks",
+            event=(Member("/type"),),
+            delivery_id=Header("webhook-id"),
+            help="The webhook's signing secret, whsec_…",
+        )
+    },
 )

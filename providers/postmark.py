@@ -6,7 +6,14 @@ Sources: trufflesecurity/trufflehog and the api-evangelist profile of 2026-08-22
 """
 
 from providers.signing import header
-from providers.spec import ApiKey, Provider
+from providers.spec import (
+    ApiKey,
+    Header,
+    Member,
+    Provider,
+    Webhook,
+)
+from providers.verifying import shared_token
 
 PROVIDER = Provider(
     name="postmark",
@@ -17,5 +24,14 @@ PROVIDER = Provider(
     signers={
         "api_key": header("x-postmark-server-token"),
         "api_key@account": header("x-postmark-account-token"),
+    },
+    webhooks={
+        # Postmark signs nothing. It sends what the webhook's address or its settings say as user name and password.
+        "": Webhook(
+            shared_token(Header("authorization"), prefix="Basic ", as_base64=True),
+            "https://postmarkapp.com/developer/webhooks/webhooks-overview",
+            event=(Member("/RecordType"),),
+            help="User name and password with a colon between, as the webhook's settings have them",
+        )
     },
 )

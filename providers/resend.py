@@ -3,7 +3,14 @@
 Sources: resend/resend-openapi (resend.yaml), NangoHQ/nango.
 """
 
-from providers.spec import ApiKey, Provider
+from providers.spec import (
+    ApiKey,
+    Header,
+    Member,
+    Provider,
+    Webhook,
+)
+from providers.verifying import standard_webhooks
 
 PROVIDER = Provider(
     name="resend",
@@ -11,4 +18,13 @@ PROVIDER = Provider(
     docs_url="https://resend.com/docs/api-reference/introduction",
     api_key=ApiKey("API key", "Dashboard, API Keys: re_…, with full access or for sending only"),
     hosts={"": "https://api.resend.com"},
+    webhooks={
+        "": Webhook(
+            standard_webhooks("svix"),
+            "https://resend.com/docs/dashboard/webhooks/verify-webhooks-requests",
+            event=(Member("/type"),),
+            delivery_id=Header("svix-id"),
+            help="The webhook's signing secret, whsec_…",
+        )
+    },
 )

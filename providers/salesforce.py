@@ -122,6 +122,7 @@ PROVIDER = Provider(
         "jwt_bearer": Minting("JWT bearer", sign_in, {"username": True, "private_key": True}, read=read_user),
     },
     rate_headers=RateHeaders(remaining=("sforce-limit-info",)),
+    method_params=("_HttpMethod",),  # for clients that cannot send PATCH
     hosts={"": "https://{instance}"},
     variables=(
         Variable("login", rf"login|test|{LABEL}(?:\.[a-z]{{2,16}})?\.my", "acme.my", default="login"),

@@ -9,13 +9,17 @@ from providers.spec import (
     ApiKey,
     Credential,
     Dialogue,
+    Header,
+    Member,
     OAuth2,
     Outgoing,
     Provider,
     ProviderAnswerError,
     RateHeaders,
     Refresh,
+    Webhook,
 )
+from providers.verifying import hmac_signature
 
 
 def identify(credential: Credential) -> Dialogue[Account]:
@@ -56,4 +60,14 @@ PROVIDER = Provider(
     ),
     identify=identify,
     env_prefix="SENTRY",
+    webhooks={
+        "": Webhook(
+            hmac_signature("sentry-hook-signature"),
+            "https://docs.sentry.io/organization/integrations/integration-platform/webhooks/",
+            event=(Header("sentry-hook-resource"),),
+            action=Member("/action"),
+            delivery_id=Header("request-id"),
+            help="The integration's client secret",
+        )
+    },
 )

@@ -23,15 +23,19 @@ from providers.spec import (
     ApiKey,
     Credential,
     Dialogue,
+    Header,
     OAuth2,
     Outgoing,
     Provider,
     ProviderAnswerError,
     RateHeaders,
     Refresh,
+    Reply,
     Secret,
     Variable,
+    Webhook,
 )
+from providers.verifying import hmac_signature
 
 VERSION = "2026-10"  # for the identity call alone; an older one is served by the oldest that still lives
 NINETY_DAYS_SECONDS = 90 * 86_400
@@ -121,4 +125,16 @@ PROVIDER = Provider(
     variables=(Variable("shop", r"[a-z0-9][a-z0-9-]{0,62}\.myshopify\.com", "acme.myshopify.com", learned=True),),
     identify=identify,
     env_prefix="SHOPIFY",
+    webhooks={
+        # Topic, shop and id are fields, and the body alone is signed: one body may come under two topics.
+        "": Webhook(
+            hmac_signature("x-shopify-hmac-sha256", encoding="base64"),
+            "https://shopify.dev/docs/apps/build/webhooks/subscribe/https",
+            event=(Header("x-shopify-topic"),),
+            delivery_id=Header("x-shopify-webhook-id"),
+            acknowledgement=Reply(200),
+            repeats=True,
+            help="The app's client secret",
+        )
+    },
 )

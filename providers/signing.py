@@ -23,16 +23,15 @@ FIELDS = frozenset({"token", "access_token", "api_key", "username", "password", 
 SPACE = re.compile(r"[ \t\r\n]*")
 
 
-def signer_of(provider: Provider, credential_type: str, host: str) -> Signer:
+def signer_of(provider: Provider, credential_type: str, host: str) -> Signer | None:
     """Return how a credential of a type is put into calls to one of a provider's named hosts (``""``: the default one).
 
     What the provider's file says of ``type@host``, then of ``type``; else a bearer token, for ``basic`` RFC 7617.
+    None: a credential of this type must not go there.
     """
-    said = provider.signers.get(f"{credential_type}@{host}") if host else None
-    if said is None:
-        said = provider.signers.get(credential_type)
-    if said is not None:
-        return said
+    for key in (f"{credential_type}@{host}", credential_type) if host else (credential_type,):
+        if key in provider.signers:
+            return provider.signers[key]
     return basic() if credential_type == "basic" else bearer()
 
 

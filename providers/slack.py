@@ -9,20 +9,26 @@ slackapi/python-slack-sdk (slack_sdk/oauth/token_rotation/rotator.py).
 from collections.abc import Mapping
 from typing import Any
 
+from providers.handshakes import echoed_member
 from providers.spec import (
     Account,
     ApiKey,
     Credential,
     Dialogue,
+    Header,
     Incoming,
+    Member,
     OAuth2,
     Outgoing,
     Provider,
     ProviderAnswerError,
     Refresh,
+    Reply,
     Revocation,
     Secret,
+    Webhook,
 )
+from providers.verifying import SECONDS, hmac_signature
 
 FORM = {"Content-Type": "application/x-www-form-urlencoded", "Accept": "application/json"}
 USER_TOKEN = ("access_token", "refresh_token", "expires_in", "scope")
@@ -116,4 +122,21 @@ PROVIDER = Provider(
     hosts={"": "https://slack.com/api"},
     identify=identify,
     env_prefix="SLACK",
+    webhooks={
+        "": Webhook(
+            hmac_signature(
+                "x-slack-signature",
+                signed="v0:{timestamp}:{body}",
+                prefix="v0=",
+                timestamp=Header("x-slack-request-timestamp"),
+                tolerance_seconds=SECONDS,
+            ),
+            "https://docs.slack.dev/authentication/verifying-requests-from-slack",
+            event=(Member("/event/type"), Member("/type")),
+            delivery_id=Member("/event_id"),
+            acknowledgement=Reply(200),  # what a body says would be shown to whoever sent a command
+            handshakes=(echoed_member(Member("/challenge"), {Member("/type"): "url_verification"}),),
+            help="Basic Information, App Credentials: the signing secret",
+        )
+    },
 )

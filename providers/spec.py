@@ -382,13 +382,259 @@ class RateHeaders:
 
     ``statuses``: those that mean "too many" beside 429, each with the fields (name, value) of which one must be there, or
     none at all where the status alone says it; the value ``""`` is any. ``reset`` counts only when the answer means "too
-    many", or nothing remains. A ``remaining`` field may also say used/limit, such as ``32/40``.
+    many", or nothing remains. A ``remaining`` field may also say used/limit, such as ``32/40``. ``shared``: the provider
+    counts for the whole app, not for each token: then everybody's calls rest, else only this connection's.
     """
 
     remaining: tuple[str, ...] = ()
     reset: tuple[str, ...] = ()
     reset_format: ResetFormat = "seconds"
     statuses: Mapping[int, tuple[tuple[str, str], ...]] = field(default_factory=dict)
+    shared: bool = False
+
+
+# --- Webhooks: what a provider posts, and how it proves that it did.
+
+
+Covered = Literal["method", "url", "timestamp", "delivery_id", "body", "form", "body_members", "body_checksum"]
+Step = Literal[  # where a check stopped; stable words, which documents and logs name
+    "method_refused",
+    "url_malformed",
+    "body_malformed",
+    "body_not_signed",
+    "body_mismatch",
+    "challenge_malformed",
+    "header_missing",
+    "header_repeated",
+    "member_missing",
+    "prefix_wrong",
+    "encoding_wrong",
+    "too_many_signatures",
+    "timestamp_missing",
+    "timestamp_malformed",
+    "timestamp_stale",
+    "timestamp_ahead",
+    "secret_missing",
+    "secret_malformed",
+    "setting_missing",
+    "signature_mismatch",
+    "token_mismatch",
+    "token_malformed",
+    "algorithm_refused",
+    "issuer_mismatch",
+    "audience_mismatch",
+    "account_mismatch",
+    "key_address_refused",
+    "key_unavailable",
+    "key_unknown",
+    "key_refused",
+]
+
+
+class WebhookRefused(Exception):
+    """A request that proves nothing. ``step`` says where the check stopped; nothing of the request is quoted."""
+
+    def __init__(self, step: Step) -> None:
+        """Stop at ``step``."""
+        super().__init__(step)
+        self.step: Step = step
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """A request that came to a webhook source, byte for byte.
+
+    ``url``: as the source is known outside, with the raw query; made of settings, never of ``Host``. ``headers``: in order
+    and each as often as it came, names in lower case.
+    """
+
+    method: str
+    url: str
+    headers: tuple[tuple[bytes, bytes], ...] = field(default=(), repr=False)
+    body: bytes = field(default=b"", repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class SourceKeys:
+    """What a check may rely on beside the request.
+
+    ``secrets``: every live one, newest first; with a public-key scheme the public keys. ``settings``: those that the
+    ``Webhook`` names. ``now``: seconds since 1970. ``tolerance_seconds``: the source's own; None: the scheme's.
+    """
+
+    secrets: tuple[Secret, ...]
+    now: float
+    settings: Mapping[str, Secret] = field(default_factory=dict)
+    tolerance_seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """A field of the request, by its name in lower case."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A text or whole number in the JSON body, by JSON Pointer (RFC 6901); a part ``*`` is each element of a list."""
+
+    pointer: str
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """An entry of the field that carries the signature too, such as ``t=`` in ``t=1700000000,v1=…``."""
+
+    prefix: str
+
+
+Place: TypeAlias = Header | Member
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """What a scheme found. ``signed_digest``: SHA-256 of the bytes that are signed; None: nothing of the request is.
+
+    ``signed_at``: the signed time, seconds since 1970. ``secret_index``: which of the secrets; None: it needs none.
+    """
+
+    secret_index: int | None
+    covers: frozenset[Covered]
+    signed_digest: bytes | None = field(default=None, repr=False)
+    signed_at: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """How a provider proves that a request is its own; ``providers.verifying`` makes them.
+
+    ``verify`` raises ``WebhookRefused``; it yields a request only for a key that the provider publishes, to one of the
+    origins in ``asks``, and is otherwise pure. A driver may answer from a cache, unless the request says ``no-cache``.
+    ``covers``: what is signed at most (a ``Proof`` says what was). ``signs``: places that are signed though the body as a
+    whole is not, or that are fields. ``tolerance_seconds``: how far a signed time may be off; None: no time is judged,
+    unless the source says how. ``carries``: fields that hold a credential or a signature, which no log may show.
+    ``check_secret``: ``ValueError`` (its text is shown) for what can be no secret of this scheme.
+    ``pair``: from 32 random bytes, a secret as a source keeps it, and what signs; ``symmetric``: they are the same.
+    ``sign``: pure; adds the proof to a request, for samples. None: only the provider can.
+    """
+
+    title: str
+    verify: Callable[[Received, SourceKeys], Dialogue[Proof]]
+    covers: frozenset[Covered]
+    carries: tuple[str, ...] = ()
+    signs: tuple[Place, ...] = ()
+    tolerance_seconds: float | None = None
+    asks: tuple[str, ...] = ()
+    needs_secret: bool = True
+    symmetric: bool = True
+    check_secret: Callable[[str], object] | None = None
+    pair: Callable[[bytes], tuple[Secret, Secret]] | None = None
+    sign: Callable[[Received, Secret, float], Received] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What a provider wants to be answered. ``learned``: the secret that a handshake brought, to be kept by the source."""
+
+    status: int = 200
+    headers: Mapping[str, str] = field(default_factory=dict)
+    body: bytes = field(default=b"", repr=False)
+    learned: Secret | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Handshake:
+    """A request that asks whether somebody is there; it is answered and is no event.
+
+    ``answer`` is pure: None for a request that is something else; ``WebhookRefused`` for one that must not be answered.
+    ``signed``: it is asked only after the scheme has verified, and sees the secret that matched alone.
+    """
+
+    answer: Callable[[Received, SourceKeys], Reply | None]
+    method: Literal["GET", "POST"] = "POST"
+    signed: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """Something that a source must say beside its secrets. ``pattern`` must match fully; ``secret``: it is never shown."""
+
+    name: str
+    help: str
+    pattern: str = r"[\x21-\x7e]{1,256}"
+    needed: bool = True
+    secret: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Webhook:
+    """One way in which a provider posts events.
+
+    An event's type is ``<provider>.<event>[.<action>]``: ``event`` is the first of these places that has a value, else
+    ``otherwise``. ``delivery_id``: what stays the same when a delivery is repeated; it guards against replays only where
+    it is signed. ``acknowledgement``: what the provider wants to hear; None: any 2xx. ``body_unlike``: a body that matches
+    fully is refused, since the provider's handshake would sign it for anybody. ``repeats``: the provider signs the same
+    bytes for events that differ, so these bytes tell no replay. ``configure``: makes the webhook that a source's settings
+    describe; pure, ``ValueError`` (its text is shown) for settings that cannot be.
+    """
+
+    scheme: Scheme
+    docs_url: str
+    event: tuple[Place, ...] = ()
+    action: Place | None = None
+    otherwise: str = "unknown"
+    delivery_id: Place | None = None
+    acknowledgement: Reply | None = None
+    handshakes: tuple[Handshake, ...] = ()
+    settings: tuple[Setting, ...] = ()
+    help: str = ""
+    body_unlike: str | None = None
+    repeats: bool = False
+    configure: Callable[[Mapping[str, str]], Webhook] | None = None
+
+    @property
+    def methods(self) -> frozenset[str]:
+        """The methods of requests that are looked at; any other is refused unread."""
+        return frozenset({"POST", *(handshake.method for handshake in self.handshakes)})
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """A request that the provider sent, and what of it is proven.
+
+    ``covers``: what is signed; all else may be anybody's. ``signed_digest``: see ``Proof``; where ``signed_at`` was not
+    judged (``fresh`` is False) it is what tells a replay. None: nothing does, beside a ``delivery_id`` that may be forged.
+    ``delivery_id`` and ``event_type`` are the provider's words.
+    """
+
+    event_type: str
+    event_type_signed: bool
+    delivery_id: str | None
+    delivery_id_signed: bool
+    secret_index: int | None
+    covers: frozenset[Covered]
+    signed_digest: bytes | None = field(repr=False)
+    signed_at: float | None
+    fresh: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A request that proves nothing: see ``WebhookRefused``."""
+
+    step: Step
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What a made-up delivery says. ``event`` in the provider's words, the action after a dot; ``body`` None: a small one."""
+
+    event: str
+    url: str
+    now: float
+    delivery_id: str
+    body: bytes | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -398,11 +644,15 @@ class Provider:
     ``hosts`` are the API bases by name, ``""`` the default one, each exactly what the vendor's SDK takes as its base URL.
     ``minting``: other ways to obtain a token, by the ``type`` of an import. ``signers``: how a credential of a type is put
     into a call, by the type, or by ``type@host`` where one of the named hosts wants it otherwise; without an entry a bearer
-    token, for ``basic`` RFC 7617. ``headers`` go with each proxied call: a plain one where the caller sends none of that
-    name, one with a variable (or ``{client_id}``) in place of the caller's. ``identify`` asks who the account is when there is
-    no ID token, or the ID token lacks it. With ``env_prefix``, ``<PREFIX>_CLIENT_ID`` and ``<PREFIX>_CLIENT_SECRET`` in the
-    environment make an integration of that name: every file with ``oauth2`` has one, its name in capitals, but a generic
-    one, which says nothing of where the secret would go. Variables are no reason against it: sessions give them.
+    token, for ``basic`` RFC 7617. None: this type is not served at this host, or nowhere but at the hosts with an entry.
+    ``method_params``: query parameters by which this API takes another method than the request's. ``path_headers``: fields,
+    in lower case, that name a further path which the call reads. Both are for whoever judges calls. ``headers`` go with each
+    proxied call: a plain one where the caller sends none of that name, one with a variable (or ``{client_id}``) in place of
+    the caller's. ``identify`` asks who the account is when there is no ID token, or the ID token lacks it. With
+    ``env_prefix``, ``<PREFIX>_CLIENT_ID`` and ``<PREFIX>_CLIENT_SECRET`` in the environment make an integration of that name:
+    every file with ``oauth2`` has one, its name in capitals, but a generic one, which says nothing of where the secret would
+    go. Variables are no reason against it: sessions give them.
+    ``webhooks``: the ways in which it posts events, by name, ``""`` the default one.
     """
 
     name: str
@@ -413,13 +663,16 @@ class Provider:
     basic: Basic | None = None
     aws: Aws | None = None
     minting: Mapping[str, Minting] = field(default_factory=dict)
-    signers: Mapping[str, Signer] = field(default_factory=dict)
+    signers: Mapping[str, Signer | None] = field(default_factory=dict)
+    method_params: tuple[str, ...] = ()
+    path_headers: tuple[str, ...] = ()
     rate_headers: RateHeaders | None = None
     hosts: Mapping[str, str] = field(default_factory=dict)
     headers: Mapping[str, str] = field(default_factory=dict)
     variables: tuple[Variable, ...] = ()
     identify: Callable[[Credential], Dialogue[Account]] | None = None
     env_prefix: str | None = None
+    webhooks: Mapping[str, Webhook] = field(default_factory=dict)
 
     @property
     def credential_types(self) -> tuple[str, ...]:

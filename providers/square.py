@@ -12,13 +12,16 @@ from providers.spec import (
     ApiKey,
     Credential,
     Dialogue,
+    Member,
     OAuth2,
     Outgoing,
     Provider,
     ProviderAnswerError,
     Refresh,
     Revocation,
+    Webhook,
 )
+from providers.verifying import hmac_signature
 
 JSON = {"Content-Type": "application/json", "Accept": "application/json"}
 
@@ -67,4 +70,13 @@ PROVIDER = Provider(
     hosts={"": "https://connect.squareup.com"},
     identify=identify,
     env_prefix="SQUARE",
+    webhooks={
+        "": Webhook(
+            hmac_signature("x-square-hmacsha256-signature", signed="{url}{body}", encoding="base64"),
+            "https://developer.squareup.com/docs/webhooks/step3validate",
+            event=(Member("/type"),),
+            delivery_id=Member("/event_id"),
+            help="The subscription's signature key",
+        )
+    },
 )

@@ -17,13 +17,16 @@ from providers.spec import (
     ApiKey,
     Credential,
     Dialogue,
+    Member,
     OAuth2,
     Outgoing,
     Provider,
     ProviderAnswerError,
     Refresh,
     Revocation,
+    Webhook,
 )
+from providers.verifying import timestamped
 
 
 def identify(credential: Credential) -> Dialogue[Account]:
@@ -90,4 +93,13 @@ PROVIDER = Provider(
     },
     identify=identify,
     env_prefix="STRIPE",
+    webhooks={
+        "": Webhook(
+            timestamped("stripe-signature"),
+            "https://docs.stripe.com/webhooks",
+            event=(Member("/type"),),
+            delivery_id=Member("/id"),
+            help="The endpoint's signing secret, whsec_…",
+        )
+    },
 )

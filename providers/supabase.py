@@ -29,6 +29,9 @@ from providers.spec import (
     Variable,
 )
 
+ACCOUNT_PREFIX = "sbp_"
+PROJECT_PREFIXES = ("sb_", "eyJ")
+
 
 def identify(credential: Credential) -> Dialogue[Account]:
     """Ask which organizations the token opens: by OAuth the one that consented. There is no call that names a user."""
@@ -60,11 +63,23 @@ def revoke(credential: Credential) -> Dialogue[bool]:
 
 
 def sign_with_project_key(call: Call, material: Material) -> Signed:
-    """Put a project's key into ``apikey``; one of the old kind, a JWT, is the bearer token too, a new one must not be."""
+    """Put a project's key into ``apikey``; one of the old kind, a JWT, is the bearer token too, a new one must not be.
+
+    A personal token opens all of an account, so no project gets it: whose project it is nobody has checked.
+    """
     del call
     key = filled("{api_key}", material)
+    if key.startswith(ACCOUNT_PREFIX):
+        raise ValueError("a personal access token is for the host management only")
     plain = ((b"apikey", field_value(key)),)
     return Signed((*plain, (b"authorization", field_value(f"Bearer {key}"))) if key.startswith("eyJ") else plain)
+
+
+def sign_with_personal_token(call: Call, material: Material) -> Signed:
+    """Put a personal access token into ``Authorization``; a project's key is refused, for it is for its project only."""
+    if filled("{api_key}", material).startswith(PROJECT_PREFIXES):
+        raise ValueError("a project's key is not for the host management")
+    return bearer().sign(call, material)
 
 
 PROVIDER = Provider(
@@ -86,8 +101,10 @@ PROVIDER = Provider(
     ),
     hosts={"": "https://{project_ref}.supabase.co", "management": "https://api.supabase.com"},
     signers={
+        "oauth2": None,  # opens all that the user consented to, and a session may name anybody's project
+        "oauth2@management": bearer(),
         "api_key": Signer(sign_with_project_key, headers=("apikey", "authorization")),
-        "api_key@management": bearer(),
+        "api_key@management": Signer(sign_with_personal_token),
     },
     headers={"User-Agent": "credential-broker"},  # a secret key from a browser's User-Agent is answered 401
     # Whoever calls a project gives it; a flow does not ask for it, and goes without that host.

@@ -8,7 +8,16 @@ from urllib.parse import urlencode
 
 from providers.client_auth import client_authentication
 from providers.minting import FORM
-from providers.spec import Basic, Minter, Minting, Outgoing, Provider
+from providers.spec import (
+    Basic,
+    Minter,
+    Minting,
+    Outgoing,
+    Provider,
+    Reply,
+    Webhook,
+)
+from providers.verifying import hmac_of_form
 
 
 def client_credentials_request(minter: Minter) -> Outgoing:
@@ -31,4 +40,13 @@ PROVIDER = Provider(
     minting={"client_credentials": Minting("Client credentials", client_credentials_request, uses_client=True)},
     # "oauth" answers requests for tokens; its own API is reached nowhere else.
     hosts={"": "https://api.twilio.com", "oauth": "https://oauth.twilio.com/v2"},
+    webhooks={
+        "": Webhook(
+            hmac_of_form("x-twilio-signature", body_hash="bodySHA256"),
+            "https://www.twilio.com/docs/usage/webhooks/webhooks-security",
+            # Whatever is not an instruction would be logged as an error by Twilio: this one says to do nothing.
+            acknowledgement=Reply(200, {"Content-Type": "text/xml"}, b"<Response/>"),
+            help="The account's auth token, whatever calls are made with",
+        )
+    },
 )

@@ -9,13 +9,16 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlencode
 
+from providers.handshakes import echoed_member
 from providers.minting import client_credentials
 from providers.oidc import proof
 from providers.spec import (
     Account,
     Credential,
     Dialogue,
+    Header,
     Incoming,
+    Member,
     OAuth2,
     Outgoing,
     Provider,
@@ -24,7 +27,9 @@ from providers.spec import (
     Refresh,
     Revocation,
     Variable,
+    Webhook,
 )
+from providers.verifying import hmac_signature
 
 FORM = {"Content-Type": "application/x-www-form-urlencoded", "Accept": "application/json"}
 ERRORS = {  # by the message, in lower case; what stands under "error" is the HTTP status in words
@@ -124,4 +129,26 @@ PROVIDER = Provider(
     variables=(Variable("client_id", r"[a-z0-9]{1,64}", "wbmytr93xzw8zbg0p1izqyzzc5mbiz", learned=True),),
     identify=identify,
     env_prefix="TWITCH",
+    webhooks={
+        "": Webhook(
+            hmac_signature(
+                "twitch-eventsub-message-signature",
+                signed="{delivery_id}{timestamp}{body}",
+                prefix="sha256=",
+                timestamp=Header("twitch-eventsub-message-timestamp"),
+                time_form="rfc3339",
+                tolerance_seconds=600,
+                delivery_id="twitch-eventsub-message-id",
+            ),
+            "https://dev.twitch.tv/docs/eventsub/handling-webhook-events/",
+            event=(Member("/subscription/type"),),
+            delivery_id=Header("twitch-eventsub-message-id"),
+            handshakes=(
+                echoed_member(
+                    Member("/challenge"), {Header("twitch-eventsub-message-type"): "webhook_callback_verification"}
+                ),
+            ),
+            help="The secret that the subscription was made with",
+        )
+    },
 )

@@ -8,6 +8,7 @@ xdevplatform/xdk-typescript (src/client.ts: the host); how a dead refresh token 
 from collections.abc import Mapping
 from typing import Any
 
+from providers.handshakes import TOKEN, proven_parameter
 from providers.oidc import revoke
 from providers.spec import (
     Account,
@@ -20,8 +21,11 @@ from providers.spec import (
     ProviderAnswerError,
     RateHeaders,
     Refresh,
+    Reply,
     Revocation,
+    Webhook,
 )
+from providers.verifying import hmac_signature
 
 DEAD = "value passed for the token was invalid"
 
@@ -76,4 +80,15 @@ PROVIDER = Provider(
     hosts={"": "https://api.x.com"},
     identify=identify,
     env_prefix="X",
+    webhooks={
+        "": Webhook(
+            hmac_signature("x-twitter-webhooks-signature", prefix="sha256=", encoding="base64"),
+            "https://docs.x.com/x-api/webhooks/introduction",
+            otherwise="activity",
+            acknowledgement=Reply(200),
+            handshakes=(proven_parameter("crc_token", "response_token"),),
+            help="The app's consumer secret (API key secret)",
+            body_unlike=TOKEN,  # the check of the address has such a text signed for anybody, and in the same way as a body
+        )
+    },
 )

@@ -14,15 +14,19 @@ from providers.spec import (
     Credential,
     Dialogue,
     Incoming,
+    Member,
     OAuth2,
     Outgoing,
     Provider,
     ProviderAnswerError,
     RateHeaders,
     Refresh,
+    Reply,
     Revocation,
     Variable,
+    Webhook,
 )
+from providers.verifying import hmac_signature
 
 SIXTY_DAYS_SECONDS = 60 * 86_400
 TENANT = r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}"
@@ -93,4 +97,15 @@ PROVIDER = Provider(
     variables=(Variable("tenant_id", TENANT, "70784a63-d24b-46a9-a4db-0e70a274b056", learned=True),),
     identify=identify,
     env_prefix="XERO",
+    webhooks={
+        "": Webhook(
+            hmac_signature("x-xero-signature", encoding="base64"),
+            "https://developer.xero.com/documentation/guides/webhooks/overview/",
+            event=(Member("/events/*/eventCategory"),),
+            action=Member("/events/*/eventType"),
+            otherwise="intent_to_receive",  # no events: Xero looks whether a bad signature is answered by 401
+            acknowledgement=Reply(200),
+            help="The webhooks key",
+        )
+    },
 )

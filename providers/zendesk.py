@@ -12,6 +12,8 @@ from providers.spec import (
     Basic,
     Credential,
     Dialogue,
+    Header,
+    Member,
     OAuth2,
     Outgoing,
     Provider,
@@ -20,7 +22,9 @@ from providers.spec import (
     Refresh,
     Revocation,
     Variable,
+    Webhook,
 )
+from providers.verifying import hmac_signature
 
 
 def identify(credential: Credential) -> Dialogue[Account]:
@@ -82,4 +86,19 @@ PROVIDER = Provider(
     variables=(Variable("subdomain", r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?", "acme"),),
     identify=identify,
     env_prefix="ZENDESK",
+    webhooks={
+        "": Webhook(
+            hmac_signature(
+                "x-zendesk-webhook-signature",
+                signed="{timestamp}{body}",
+                encoding="base64",
+                timestamp=Header("x-zendesk-webhook-signature-timestamp"),
+                time_form="rfc3339",
+            ),
+            "https://developer.zendesk.com/documentation/webhooks/verifying/",
+            event=(Member("/type"),),
+            delivery_id=Header("x-zendesk-webhook-invocation-id"),
+            help="The webhook's signing secret",
+        )
+    },
 )

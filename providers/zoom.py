@@ -8,12 +8,15 @@ base URL), raycast/extensions#10896 and tl-its-umich-edu/remote-office-hours-que
 from collections.abc import Mapping
 from typing import Any
 
+from providers.handshakes import proven_member
 from providers.minting import client_credentials
 from providers.oidc import revoke
 from providers.spec import (
     Account,
     Credential,
     Dialogue,
+    Header,
+    Member,
     OAuth2,
     Outgoing,
     Provider,
@@ -21,7 +24,9 @@ from providers.spec import (
     RateHeaders,
     Refresh,
     Revocation,
+    Webhook,
 )
+from providers.verifying import hmac_signature
 
 NINETY_DAYS_SECONDS = 90 * 86_400
 
@@ -71,4 +76,26 @@ PROVIDER = Provider(
     hosts={"": "https://api.zoom.us/v2"},
     identify=identify,
     env_prefix="ZOOM",
+    webhooks={
+        "": Webhook(
+            hmac_signature(
+                "x-zm-signature",
+                signed="v0:{timestamp}:{body}",
+                prefix="v0=",
+                timestamp=Header("x-zm-request-timestamp"),
+                time_form="either",
+            ),
+            "https://developers.zoom.us/docs/api/webhooks/",
+            event=(Member("/event"),),
+            handshakes=(
+                proven_member(
+                    Member("/payload/plainToken"),
+                    {Member("/event"): "endpoint.url_validation"},
+                    "plainToken",
+                    "encryptedToken",
+                ),
+            ),
+            help="The app's secret token",
+        )
+    },
 )

@@ -128,6 +128,10 @@ class Callers:
             raise Unauthenticated
         return await self.tokens.certified(identity_of(told, header=expected.name))
 
+    def shown(self, headers: Iterable[tuple[bytes, bytes]], extra_headers: Sequence[str]) -> list[str]:
+        """Return the key or token that ``authenticate`` finds in these fields, ``sigv4`` among them: none or one."""
+        return presented_keys(headers, extra_headers=extra_headers, sigv4=True, is_token=self._is_token)
+
     def _is_token(self, text: str) -> bool:
         return digest(text) in self._known or self.tokens.are_ours(text)
 

@@ -24,7 +24,7 @@ from __future__ import annotations
 from broker.egress.addresses import Address, AddressKind, classify, may_dial, origin_of
 from broker.egress.calls import Calls, UploadStalled, WireAnswer, WireRequest
 from broker.egress.client import MAX_CONNECTIONS_PER_HOST, Egress
-from broker.egress.dialing import AddressGuard, NotSent, OutcomeUnknown, Resolve
+from broker.egress.dialing import AddressGuard, NoRoom, NotSent, OutcomeUnknown, Resolve
 
 __all__ = [
     "MAX_CONNECTIONS_PER_HOST",
@@ -33,6 +33,7 @@ __all__ = [
     "AddressKind",
     "Calls",
     "Egress",
+    "NoRoom",
     "NotSent",
     "OutcomeUnknown",
     "Resolve",

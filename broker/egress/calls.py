@@ -44,7 +44,7 @@ from broker.settings import Settings
 __all__ = ["Calls", "Fields", "UploadStalled", "WireAnswer", "WireRequest"]
 
 DNS_THREADS: Final = 64  # as the control plane's client has
-MAX_IN_USE_PER_HOST: Final = 256
+MAX_IN_USE_PER_HOST: Final = 1024
 MAX_IDLE_PER_HOST: Final = 100
 MAX_IDLE: Final = 1000
 MAX_IDLE_SECONDS: Final = 15.0
@@ -58,14 +58,15 @@ _Key: TypeAlias = tuple[str, str, int]
 class _Host:
     """The connections to one origin: how many are in use, which are idle (the newest last), and who waits, in order."""
 
-    def __init__(self, key: _Key) -> None:
+    def __init__(self, key: _Key, most_in_use: int) -> None:
         self.key = key
+        self.most_in_use = most_in_use
         self.in_use = 0
         self.idle: list[Wire] = []
         self.waiters: deque[asyncio.Future[None]] = deque()
 
     async def take_slot(self) -> None:
-        if self.in_use < MAX_IN_USE_PER_HOST and not self.waiters:
+        if self.in_use < self.most_in_use and not self.waiters:
             self.in_use += 1
             return
         waiter = asyncio.get_running_loop().create_future()
@@ -91,19 +92,24 @@ class _Host:
 
 
 class Calls:
-    """Makes proxied calls. One for a process; calls may run at once. ``resolve`` is for tests.
+    """Makes proxied calls. One for a process; calls may run at once. ``resolve`` and ``most_in_use`` are for tests.
 
-    At most 256 requests run at once for each origin; the next wait in order. A connection that is complete in both
-    directions is kept: at most 100 for each origin and 1,000 in all, for 15 seconds or what the server grants.
+    At most 1,024 requests run at once for each origin, as models stream for a minute; the next wait in order. Each takes a
+    file descriptor, and the caller's connection another one, so a process needs more of them than the 1,024 that shells
+    grant (``ulimit -n``). A connection that is complete in both directions is kept: at most 100 for each origin and 1,000
+    in all, for 15 seconds or what the server grants.
     """
 
-    def __init__(self, settings: Settings, *, resolve: Resolve | None = None) -> None:
+    def __init__(
+        self, settings: Settings, *, resolve: Resolve | None = None, most_in_use: int = MAX_IN_USE_PER_HOST
+    ) -> None:
         """Read the TLS authorities (``SettingsError`` when ``BROKER_EGRESS_CA_FILE`` is no good); connect nowhere."""
         self._dns_threads = ThreadPoolExecutor(DNS_THREADS, thread_name_prefix="calls-dns")
         self._tls = tls_context(settings)
         self.guard = guard_of(settings, resolve or system_resolver(self._dns_threads))
         self._hosts: dict[_Key, _Host] = {}
         self._wires: set[Wire] = set()
+        self._most_in_use = most_in_use
         self._idle = 0
         self._sweeper: asyncio.TimerHandle | None = None
         self._closed = False
@@ -121,7 +127,8 @@ class Calls:
         An idempotent request that a kept connection swallowed without a byte of an answer is sent once more on a new one,
         dialled within another ``connect_seconds``.
 
-        Raises, when nothing was sent: ``InternalError`` (a malformed request), ``NotSent``, ``EgressDenied`` (this one also
+        Raises, when nothing was sent: ``InternalError`` (a malformed request), ``NotSent`` (``NoRoom`` when no connection came
+        free in time), ``EgressDenied`` (this one also
         when a second dial meets a bad address; the first sending was then idempotent and never answered). When it was,
         perhaps, sent: ``OutcomeUnknown``. What the body's iterator raises is raised as it is, the connection is closed then.
         When cancelled, the connection is closed. The iterator has ended, or is not waited upon, when this raises and when
@@ -181,8 +188,8 @@ class Calls:
         key = (request.scheme, request.host, request.port)
         host = self._hosts.get(key)
         if host is None:
-            host = self._hosts[key] = _Host(key)
-        if kept and host.in_use < MAX_IN_USE_PER_HOST and not host.waiters:
+            host = self._hosts[key] = _Host(key, self._most_in_use)
+        if kept and host.in_use < host.most_in_use and not host.waiters:
             wire = self._pop_idle(host, stale=stale)
             if wire is not None:
                 host.in_use += 1

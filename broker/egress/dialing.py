@@ -30,6 +30,10 @@ class NotSent(ProviderUnavailable):
     """The request never left: no slot in time, DNS, connect or TLS failed. The outcome is known: nothing happened."""
 
 
+class NoRoom(NotSent):
+    """No slot came free in time: too many requests of our own run at that origin. It says nothing of the provider."""
+
+
 class OutcomeUnknown(ProviderUnavailable):
     """It was, perhaps, sent, and no complete answer came: time-out, reset, a cut or malformed answer.
 
@@ -217,10 +221,10 @@ _NOT_SENT_BECAUSE: Final[Mapping[Stage, str]] = {
 
 
 def not_sent(stage: Stage, *, untrusted: bool = False) -> NotSent:
-    """Say in our words how far the way out went; ``untrusted``: it ended at the certificate. Pure."""
+    """Say in our words how far the way out went (``NoRoom``: nowhere); ``untrusted``: it ended at the certificate. Pure."""
     if untrusted:
         return NotSent("The provider's certificate is not trusted or is for another name")
-    return NotSent(_NOT_SENT_BECAUSE[stage])
+    return (NoRoom if stage == "waiting" else NotSent)(_NOT_SENT_BECAUSE[stage])
 
 
 class Dial(httpcore2.AsyncNetworkBackend):

@@ -16,6 +16,7 @@ from broker.egress.messages import MAX_HEAD_BYTES, AnswerHead, Fields, Malformed
 
 BUFFER_BYTES: Final = 262_144
 PIECE_BYTES: Final = 65_536
+PIECE_OVERHEAD_BYTES: Final = 60  # what a piece that waits costs beside its bytes
 MAX_INTERIM_ANSWERS: Final = 10
 _CHUNKED: Final = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
 _CUT: Final = "The provider's answer did not come complete"
@@ -69,6 +70,7 @@ class WireAnswer:
     async def read(self, idle_seconds: float) -> bytes:
         """Return what has come, at least a byte and not more than 256 KiB, ``b""`` at the end.
 
+        What came in small pieces is joined, up to 64 KiB.
         Raises ``OutcomeUnknown`` when nothing comes for ``idle_seconds`` (``timed_out``), when the body is cut or malformed;
         what the request's own iterator raises, as it is.
         """
@@ -90,11 +92,19 @@ class WireAnswer:
             wire.expect_nothing()
 
     def _next_piece(self) -> bytes:
-        piece = self._pieces.popleft()
+        pieces = self._pieces
+        piece = pieces.popleft()
         if len(piece) > BUFFER_BYTES:
-            self._pieces.appendleft(piece[BUFFER_BYTES:])
+            pieces.appendleft(piece[BUFFER_BYTES:])
             piece = piece[:BUFFER_BYTES]
-        self._bytes_waiting -= len(piece)
+            self._bytes_waiting -= len(piece)
+        else:
+            taken, room = [piece], PIECE_BYTES - len(piece)
+            while pieces and len(pieces[0]) <= room:
+                taken.append(pieces.popleft())
+                room -= len(taken[-1])
+            piece = b"".join(taken)
+            self._bytes_waiting -= len(piece) + len(taken) * PIECE_OVERHEAD_BYTES
         if self._wire is not None and self._bytes_waiting < BUFFER_BYTES // 2:
             self._wire.resume_reading()
         return piece
@@ -112,7 +122,7 @@ class WireAnswer:
     def add(self, piece: bytes) -> bool:
         """Take a piece of the body; true when more wait unread than should."""
         self._pieces.append(piece)
-        self._bytes_waiting += len(piece)
+        self._bytes_waiting += len(piece) + PIECE_OVERHEAD_BYTES
         self._wake()
         return self._bytes_waiting > BUFFER_BYTES
 
@@ -167,6 +177,7 @@ class Wire(asyncio.Protocol):
         self._left: int | None = None
         self._chunks: httptools.HttpResponseParser | None = None
         self._chunks_ended = False
+        self._unchunked: list[bytes] = []
         self._tail = b""
         self._overhead = 0
         self._reading_paused = False
@@ -424,13 +435,16 @@ class Wire(asyncio.Protocol):
     def _take_chunks(self, parser: httptools.HttpResponseParser, data: bytes) -> None:
         self._overhead += len(data)
         self._tail = data[-5:] if len(data) >= 5 else (self._tail + data)[-5:]
+        broken = False
         try:
             parser.feed_data(data)
         except httptools.HttpParserError:
             self.keep_seconds = 0.0
-            if not self._chunks_ended:
-                raise MalformedAnswer from None
-        if self._overhead > MAX_HEAD_BYTES:
+            broken = not self._chunks_ended
+        if self._unchunked:  # at once: chunks may be of two bytes each
+            self._add(b"".join(self._unchunked))
+            self._unchunked.clear()
+        if broken or self._overhead > MAX_HEAD_BYTES:
             raise MalformedAnswer
         if self._chunks_ended and self._answer is not None:
             if self._tail != b"0\r\n\r\n":
@@ -441,7 +455,7 @@ class Wire(asyncio.Protocol):
         """Take a piece out of its chunk (httptools calls this), unless it is behind the last one."""
         self._overhead = 0
         if not self._chunks_ended:
-            self._add(piece)
+            self._unchunked.append(piece)
 
     def on_message_begin(self) -> None:
         """Note what looks like another answer behind the last chunk (httptools calls this): it is nobody's."""

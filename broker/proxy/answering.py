@@ -58,7 +58,7 @@ async def pass_on(
     (a coding that is not decoded, too many bytes), OutcomeUnknown, ReaderStalled, and whatever ``send`` raises.
     """
     has_body = method != "HEAD" and answer.status not in BODILESS
-    decoder = decoder_for(_coding(answer.headers)) if has_body else None
+    decoder = decoder_for(_coding(answer.headers), partial=answer.status == 206) if has_body else None
     scrubber = Scrubber(forms)
     fields = _scrubbed(answer_fields(answer.headers, rewrite=rewrite), scrubber, decoded=decoder is not None)
     if has_body and answer.length is not None and answer.length > limits.most_bytes:

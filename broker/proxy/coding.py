@@ -81,14 +81,17 @@ class Decoder:
         return piece
 
 
-def decoder_for(content_encoding: bytes | None) -> Decoder | None:
+def decoder_for(content_encoding: bytes | None, *, partial: bool = False) -> Decoder | None:
     """Return what decodes an answer with this Content-Encoding (several fields joined by commas); None: nothing to decode.
 
-    ``UpstreamInvalid`` for a coding other than gzip and deflate, and for more than one.
+    ``partial``: the answer is a part of a whole (206). ``UpstreamInvalid`` for a coding other than gzip and deflate, for more
+    than one, and for a part of what is coded: it cannot be decoded, and bare ``deflate`` would even give some bytes.
     """
     coding = (content_encoding or b"").strip(b" \t").lower()
     if coding in {b"", b"identity"}:
         return None
+    if partial:
+        raise UpstreamInvalid("The provider's answer is a part of a coded one")
     if coding in {b"gzip", b"x-gzip"}:
         return Decoder(gzip=True)
     if coding == b"deflate":

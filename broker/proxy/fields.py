@@ -15,7 +15,7 @@ from urllib.parse import urljoin, urlsplit
 
 from broker.egress.calls import Fields
 from broker.errors import InvalidRequest, UpstreamInvalid
-from broker.proxy.target import below
+from broker.proxy.target import CALLER_KEY, below
 
 _HOP_BY_HOP: Final = frozenset(
     (
@@ -48,7 +48,6 @@ _NOT_RETURNED: Final = _HOP_BY_HOP | frozenset(
 _NOT_RETURNED_BEGINNINGS: Final = (b"proxy-", b"x-broker-", b"access-control-")
 _NAME: Final = re.compile(rb"[!#$%&'*+.^_`|~0-9a-z-]+")
 _PLAIN: Final = bytes(range(0x20, 0x7F))
-_CALLER_KEY: Final = re.compile(rb"brk_[a-z0-9]{26}_")
 _BAD_ANSWER_VALUE: Final = re.compile(rb"[\x00\r\n]")
 _LINK: Final = re.compile(rb'[ \t,]*+<([^<>]*+)>((?:[^",<>]|"(?:[^"\\]|\\.)*+")*+)(?:,|\Z)', re.DOTALL)
 _REFRESH: Final = re.compile(
@@ -57,6 +56,8 @@ _REFRESH: Final = re.compile(
 _REFERENCE: Final = re.compile(rb"[!-\[\]-~]*")
 _SCHEME: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 MOST_TIMEOUT_MS: Final = 600_000
+MOST_LINKS: Final = 100
+MOST_LINK_BYTES: Final = 65_536
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,12 +79,16 @@ def request_fields(
     *,
     owned: frozenset[bytes],
     companions: Mapping[bytes, tuple[bytes, bool]],
+    shown: Sequence[bytes] = (),
+    dropped: frozenset[bytes] = frozenset(),
 ) -> Fields:
     """Return which of a caller's fields go on, names in lower case, in order, and after them what we add.
 
     ``owned``: the signer's names, in lower case, which only it may set. ``companions``: name in lower case → (value, whether
-    it replaces the caller's). Dropped: what ``Connection`` nominates, what is about the hop or the caller, owned names, names
-    with an underscore (to many servers it is a hyphen, CVE-2025-64484), and every field with a caller key in it.
+    it replaces the caller's). ``shown``: what authenticated the caller, as it stood in whatever field. ``dropped``: names in
+    lower case that never go on. Dropped too: what ``Connection`` nominates, what is about the hop or the caller, owned names,
+    names with an underscore (to many servers it is a hyphen, CVE-2025-64484), and every field with a caller key or one of
+    ``shown`` in it.
     ``InvalidRequest`` for a name that is no token, for a value that is not plain ASCII or begins with a space, and for a method
     override. A tab is refused too: it may be what is left of a folded line.
     """
@@ -91,15 +96,21 @@ def request_fields(
         (name.lower(), value.rstrip(b" \t")) for name, value in headers
     ]  # the server's parser leaves that space on
     _require_plain([value for _, value in given])
-    unwanted = nominated(given) | owned | {name for name, (_, forced) in companions.items() if forced}
+    unwanted = nominated(given) | owned | dropped | {name for name, (_, forced) in companions.items() if forced}
     kept = [
         (name, value)
         for name, value in given
-        if _may_go_on(name) and name not in unwanted and not (b"brk_" in value and _CALLER_KEY.search(value))
+        if _may_go_on(name) and name not in unwanted and not _authenticates(value, shown)
     ]
     there = {name for name, _ in kept} | owned
     ours = {name: value for name, (value, _) in companions.items()} | {b"accept-encoding": b"identity"}
     return (*kept, *((name, value) for name, value in ours.items() if name not in there))
+
+
+def _authenticates(value: bytes, shown: Sequence[bytes]) -> bool:
+    if b"brk_" in value and CALLER_KEY.search(value):
+        return True
+    return any(text in value for text in shown if text)
 
 
 def _require_plain(values: Sequence[bytes]) -> None:
@@ -170,19 +181,25 @@ def answer_fields(headers: Iterable[tuple[bytes, bytes]], *, rewrite: Callable[[
     """Return which of an answer's fields go on, names in lower case, in order.
 
     ``rewrite`` gives the URL that stands for one at this connection's hosts, or None for another place: the field is dropped
-    then, of ``Link`` only that link. ``UpstreamInvalid`` for a field that would break the framing.
+    then, of ``Link`` only that link. Of all an answer's links the first 100 go on, 64 KiB of URLs at most.
+    ``UpstreamInvalid`` for a field that would break the framing.
     ``WWW-Authenticate``, ``Server-Timing`` and the upstream's own ``X-Request-Id`` pass.
     """
     given = [(name.lower(), value) for name, value in headers]
     if _BAD_ANSWER_VALUE.search(b"".join([value for _, value in given])):
         raise UpstreamInvalid("The provider's answer has a malformed field")
     unwanted = nominated(given)
+    links = _Links(rewrite)
     kept = []
     for name, value in given:
         if not _may_return(name) or name in unwanted:
             continue
-        reader = _WITH_URLS.get(name)
-        pointing = value if reader is None else reader(value, rewrite)
+        if name == b"link":
+            pointing = links.rewritten(value)
+        elif (reader := _WITH_URLS.get(name)) is not None:
+            pointing = reader(value, rewrite)
+        else:
+            pointing = value
         if pointing is not None:
             kept.append((name, pointing))
     return tuple(kept)
@@ -205,19 +222,37 @@ def _location(value: bytes, rewrite: Callable[[bytes], bytes | None]) -> bytes |
     return rewrite(value.strip(b" \t"))
 
 
-def _link(value: bytes, rewrite: Callable[[bytes], bytes | None]) -> bytes | None:
-    """Rewrite each link of a Link field (RFC 8288 3); one that is malformed loses the whole field."""
-    links, at = [], 0
-    value = value.strip(b" \t,")
-    while at < len(value):
-        match = _LINK.match(value, at)
-        if match is None:
+class _Links:
+    """Rewrites the ``Link`` fields of one answer, until there were too many: each link costs some microseconds and bytes."""
+
+    __slots__ = ("_bytes_left", "_left", "_rewrite")
+
+    def __init__(self, rewrite: Callable[[bytes], bytes | None]) -> None:
+        self._rewrite = rewrite
+        self._left = MOST_LINKS
+        self._bytes_left = MOST_LINK_BYTES
+
+    def rewritten(self, value: bytes) -> bytes | None:
+        """Rewrite each link of a Link field (RFC 8288 3); one that is malformed loses the whole field."""
+        links, at = [], 0
+        value = value.strip(b" \t,")
+        while at < len(value) and self._left > 0:
+            match = _LINK.match(value, at)
+            if match is None:
+                return None
+            url = self._ours(match[1].strip(b" \t"))
+            if url is not None:
+                links.append(b"<%b>%b" % (url, match[2].rstrip(b" \t")))
+            at = match.end()
+        return b", ".join(links) or None
+
+    def _ours(self, url: bytes) -> bytes | None:
+        self._left -= 1
+        ours = self._rewrite(url)
+        if ours is None or len(ours) > self._bytes_left:
             return None
-        url = rewrite(match[1].strip(b" \t"))
-        if url is not None:
-            links.append(b"<%b>%b" % (url, match[2].rstrip(b" \t")))
-        at = match.end()
-    return b", ".join(links) or None
+        self._bytes_left -= len(ours)
+        return ours
 
 
 def _refresh(value: bytes, rewrite: Callable[[bytes], bytes | None]) -> bytes | None:
@@ -230,7 +265,7 @@ def _refresh(value: bytes, rewrite: Callable[[bytes], bytes | None]) -> bytes | 
     return None if url is None else b"%b;url=%b" % (match[1], url)
 
 
-_WITH_URLS: Final = {b"location": _location, b"content-location": _location, b"link": _link, b"refresh": _refresh}
+_WITH_URLS: Final = {b"location": _location, b"content-location": _location, b"refresh": _refresh}
 
 
 class Rewriter:

@@ -22,13 +22,14 @@ from broker.credentials.in_use import InUse
 from broker.credentials.last_use import LastUse
 from broker.credentials.snapshots import Snapshot
 from broker.credentials.usable import require_usable
-from broker.egress import NotSent, OutcomeUnknown, UploadStalled
+from broker.egress import NoRoom, NotSent, OutcomeUnknown, UploadStalled
 from broker.egress.calls import Calls, WireAnswer
 from broker.errors import (
     AuditUnavailable,
     BrokerError,
     Forbidden,
     InvalidRequest,
+    Overloaded,
     ProviderUnavailable,
     UpgradeUnsupported,
     UpstreamTimeout,
@@ -111,6 +112,7 @@ class Forwarding:
         self._outcomes = outcomes
         self._last_use = last_use
         self._key_headers = tuple(key_headers)
+        self._key_names = frozenset(name.encode() for name in key_headers)
         self._tracing = tracing
         self._plans = Plans()
         self._heads = Heads()
@@ -163,7 +165,7 @@ class Forwarding:
             ready=ready,
             upstream=joined(plan.base_url, target),
             asked=wanted,
-            fields=head.fields(inbound.headers, plan, owned=plan.owned, companions=plan.companions),
+            fields=head.fields(inbound.headers, plan, self._shown),
             span=self._span(inbound, row),
             deadline=looked_at + (wanted.timeout_seconds or plan.timeout_seconds),
             looked_at=looked_at,
@@ -185,6 +187,10 @@ class Forwarding:
         self._forgetting = None
         self._ready.clear()
         self._forms.clear()
+
+    def _shown(self, headers: Sequence[tuple[bytes, bytes]]) -> tuple[list[bytes], frozenset[bytes]]:
+        """Return what a caller showed of itself, which must not go on wherever else it stands, and where that may stand."""
+        return [text.encode() for text in self._callers.shown(headers, self._key_headers)], self._key_names
 
     def _span(self, inbound: Inbound, row: Snapshot) -> Span:
         span = self._tracing.server_span(inbound.headers, inbound.method)
@@ -331,6 +337,9 @@ class Forwarding:
                 span.end(None, error=InvalidRequest.code)
                 call.perhaps_received = True
                 raise InvalidRequest("the body did not come in time; what came of it was sent on") from None
+            except NoRoom:
+                span.end(None, error=Overloaded.code)
+                raise Overloaded("Too many calls to this provider are under way") from None
             except (NotSent, OutcomeUnknown) as error:
                 call.perhaps_received |= isinstance(error, OutcomeUnknown)
                 if _is_the_upstreams(error, call.deadline - began, call.plan):

@@ -9,15 +9,17 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import chain
 
 from broker.policy import Principal
 from broker.proxy.fields import Asked, asked, request_fields
+from broker.proxy.planning import Plan
 
 Fields = tuple[tuple[bytes, bytes], ...]
+Shown = Callable[[Sequence[tuple[bytes, bytes]]], tuple[Sequence[bytes], frozenset[bytes]]]
 BELIEVED_SECONDS = 0.3  # besides the half second of ``Callers``: a revoked key is dead within one
 KEPT_SECONDS = 10.0
 MOST_KEPT = 1_024
@@ -33,7 +35,7 @@ class Head:
     believed_until: float
     changes: int  # of the callers of this process, when this one was found
     _asked: Asked | None = None
-    _fields: dict[int, tuple[object, Fields]] = field(default_factory=dict, repr=False)
+    _fields: dict[int, tuple[Plan, Fields]] = field(default_factory=dict, repr=False)
 
     def asked(self, headers: Sequence[tuple[bytes, bytes]]) -> Asked:
         """Return what is asked of us; ``headers`` are the ones that this was made of."""
@@ -41,19 +43,18 @@ class Head:
             self._asked = asked(headers)
         return self._asked
 
-    def fields(
-        self,
-        headers: Sequence[tuple[bytes, bytes]],
-        plan: object,
-        *,
-        owned: frozenset[bytes],
-        companions: Mapping[bytes, tuple[bytes, bool]],
-    ) -> Fields:
-        """Return which of them go on, as ``request_fields`` says; ``plan`` is what ``owned`` and ``companions`` are part of."""
+    def fields(self, headers: Sequence[tuple[bytes, bytes]], plan: Plan, shown: Shown) -> Fields:
+        """Return which of them go on, as ``request_fields`` says.
+
+        ``shown``: from the fields what the caller showed of itself, and the names of fields in which that may stand.
+        """
         known = self._fields.get(id(plan))
         if known is not None and known[0] is plan:
             return known[1]
-        made = request_fields(headers, owned=owned, companions=companions)
+        texts, names = shown(headers)
+        made = request_fields(
+            headers, owned=plan.owned, companions=plan.companions, shown=texts, dropped=names - plan.owned
+        )
         self._fields[id(plan)] = (plan, made)
         return made
 

@@ -30,7 +30,7 @@ from broker.errors import (
     PayloadTooLarge,
     problem_of,
 )
-from broker.listening import CUT, RAW_TARGET
+from broker.listening import CUT, GONE, RAW_TARGET
 from broker.proxy.answering import BODY, START, Limits, Passed, ReaderStalled, Send, own_fields, pass_on
 from broker.proxy.fields import Rewriter
 from broker.proxy.forward import IDLE_SECONDS, Forwarding
@@ -278,6 +278,7 @@ class _Exchange:
         self._body = RequestBody(receive, route.most_bytes)
         self._passed = Passed()
         self._caller_id = ""
+        self._gone: list[Callable[[], None]] | None = scope.get(GONE)
         self._call: Underway | None = None
         self._interruption = Interruption()
         self._watching: asyncio.Task[None] | None = None
@@ -287,6 +288,8 @@ class _Exchange:
     async def serve(self) -> None:
         """Answer the request, whatever happens; what cannot be answered any more is cut."""
         code: str | None = "cancelled"
+        if self._gone is not None:  # before anything is waited for: a client that is gone by then is not told of
+            self._gone.append(self._left)
         self._route.begun(self)
         try:
             code = await self._guarded()
@@ -373,21 +376,26 @@ class _Exchange:
     def watch(self) -> bool:
         """Begin to look, now that this takes longer than most; False while there is more to look at than can be yet.
 
-        While the body comes, whoever reads that hears first of a client that left.
+        Of a client that left the server tells; where it does not, whoever reads the body hears of it first.
         """
         if self._call is None:
             return False
         if self._following is None:
             self._following = self._route.following(self._call, self._still_may, self._interruption)
             self._following.__enter__()
+        if self._gone is not None:
+            return True
         if self._body.done:
             self._watching = asyncio.create_task(self._watch_client())
         return self._body.done
 
+    def _left(self) -> None:
+        self._interruption.stop(ClientLeft())
+
     async def _watch_client(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
             continue
-        self._interruption.stop(ClientLeft())
+        self._left()
 
     async def _still_may(self, row: Snapshot) -> None:
         call = self._call

@@ -10,11 +10,13 @@ from __future__ import annotations
 import base64
 import json
 import re
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-SHORTEST_SECRET: Final = 8  # a shorter one would be found in innocent text
+SHORTEST_SECRET: Final = 8  # a shorter one would be found in innocent text; no spelling is shorter either
+MOST_TRIES: Final = 256
 _NOT_ASCII: Final = re.compile(r"[^\x00-\x7f]")
 _UNCHANGED: Final = re.compile(r"[A-Za-z0-9._-]*")  # no encoder but hex and base64 changes these
 # what URL encoders leave as it is: strict ones (RFC 3986), those for paths, JavaScript's, those of forms, and lazy ones
@@ -57,11 +59,21 @@ _HTML_TABLES: Final = tuple(
 
 @dataclass(frozen=True, slots=True)
 class Forms:
-    """What is searched for: every spelling of some secrets, the longest first, and the byte that stands for theirs."""
+    """What is searched for: every spelling of some secrets, the longest first, and the byte that stands for theirs.
+
+    ``sorted``: the spellings in order. ``seeds``: the first eight bytes of each, without repetitions.
+    """
 
     spellings: tuple[bytes, ...] = field(repr=False)
     star: bytes = field(repr=False)
     longest: int
+    sorted: tuple[bytes, ...] = field(repr=False)
+    seeds: tuple[bytes, ...] = field(repr=False)
+
+    def begin_with(self, text: bytes) -> bool:
+        """Say whether a spelling begins with this: in order, such ones follow upon it at once."""
+        at = bisect_left(self.sorted, text)
+        return at < len(self.sorted) and self.sorted[at].startswith(text)
 
 
 def forms_of(secrets: Sequence[str]) -> Forms:
@@ -74,7 +86,9 @@ def forms_of(secrets: Sequence[str]) -> Forms:
     used = set(b"".join(spellings))
     # a star that no form has: else one could arise across the edge of a replacement
     star = next((bytes((one,)) for one in (*b"*#_-.", *range(33, 127), 0) if one not in used), b"*")
-    return Forms(spellings, star, len(spellings[0]) if spellings else 0)
+    in_order = tuple(sorted(found))
+    seeds = tuple(dict.fromkeys(form[:SHORTEST_SECRET] for form in in_order))
+    return Forms(spellings, star, len(spellings[0]) if spellings else 0, in_order, seeds)
 
 
 class Scrubber:
@@ -112,18 +126,26 @@ class Scrubber:
 
 
 def _beginning_at(data: bytes, forms: Forms) -> int:
-    """Return the length of the longest suffix that is a beginning, but not the whole, of a form."""
-    start = max(0, len(data) - forms.longest + 1)
-    tail = data[start:]
-    at = len(tail)
-    for form in forms.spellings:
-        position = tail.find(form[:1], max(0, len(tail) - len(form) + 1), at)
+    """Return the length of the longest suffix that is a beginning of a form; ``data`` holds no whole one.
+
+    It may be longer, but never as long as a form can be, when hundreds of places look like the beginning of one and are not:
+    an upstream could make every chunk cost milliseconds with these.
+    """
+    end, tries = len(data), MOST_TRIES
+    start = max(0, end - forms.longest + 1)
+    at = end
+    for seed in forms.seeds:
+        position = data.find(seed, start, at + len(seed) - 1)
         while position >= 0:
-            if form.startswith(tail[position:]):
+            tries -= 1
+            if tries <= 0 or forms.begin_with(data[position:]):
                 at = position
                 break
-            position = tail.find(form[:1], position + 1, at)
-    return len(tail) - at
+            position = data.find(seed, position + 1, at + len(seed) - 1)
+    for position in range(max(start, end - SHORTEST_SECRET + 1), at):
+        if forms.begin_with(data[position:]):
+            return end - position
+    return end - at
 
 
 def _spellings(text: str) -> Iterator[bytes]:

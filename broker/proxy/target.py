@@ -31,6 +31,7 @@ _AUTHORITY: Final = re.compile(
 # 5.2; WHATWG takes "https:evil" too); the ";" is for servers that drop the parameters of a segment
 _ELSEWHERE: Final = re.compile(rb"/(?:;[^/]*)?/|/[a-z][a-z0-9+.-]*:/|/https?:", re.IGNORECASE)
 MAX_AUTHORITY_LENGTH: Final = 300
+CALLER_KEY: Final = re.compile(rb"brk_[a-z0-9]{26}_")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +67,8 @@ def parse_target(raw_target: bytes) -> CallTarget:
     """Return what ``/proxy/{connection}[:{host}]/{path…}[?query]`` names, without decoding anything.
 
     Raises ``InvalidRequest``, which quotes nothing, for every other form, for a path that could mean another one
-    (``policy.means_itself``) or another host, and for a query with a space, a ``#``, control or non-ASCII bytes. That
-    connection and host exist is not checked.
+    (``policy.means_itself``) or another host, for a query with a space, a ``#``, control or non-ASCII bytes, and for a
+    caller key anywhere in it, percent-encoded or not. That connection and host exist is not checked.
     """
     match = _TARGET.fullmatch(raw_target)
     if match is None:
@@ -132,7 +133,7 @@ def below(base_url: str, url: str) -> bytes | None:
     if (found.scheme, found.host, found.port) != (base.scheme, base.host, base.port) or not path.startswith(prefix):
         return None
     tail = path.removeprefix(prefix)
-    return tail + mark + query if _stays(tail) else None
+    return tail + mark + query if _stays(tail) and not _has_caller_key(tail + mark + query) else None
 
 
 @lru_cache(maxsize=1024)
@@ -152,7 +153,19 @@ def _checked(connection_id: str, host: str, path: bytes, query: bytes | None) ->
         raise InvalidRequest("The path could be read in two ways; percent-encode it once, without dot segments")
     if query is not None and (_QUERY.fullmatch(query) is None or b"#" in query):
         raise InvalidRequest("The query must be ASCII without spaces, control characters and #")
+    if _has_caller_key(path) or (query is not None and _has_caller_key(query)):
+        raise InvalidRequest("A caller key must not stand in the address")
     return CallTarget(connection_id, host, path, query)
+
+
+def _has_caller_key(text: bytes) -> bool:
+    for _ in range(4):
+        if CALLER_KEY.search(text):
+            return True
+        if b"%" not in text:
+            break
+        text = unquote_to_bytes(text)
+    return False
 
 
 def _stays(path: bytes) -> bool:

@@ -19,8 +19,7 @@ import uvloop
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from broker.egress import Calls, NotSent, OutcomeUnknown, UploadStalled, WireAnswer, WireRequest
-from broker.egress.calls import MAX_IN_USE_PER_HOST
+from broker.egress import Calls, NoRoom, NotSent, OutcomeUnknown, UploadStalled, WireAnswer, WireRequest
 from broker.errors import BrokerError, EgressDenied, InternalError
 from tests.broker.far_side import OK, FarSide, Line, Play, answering, far_side, once, silence
 from tests.broker.test_egress import (
@@ -107,9 +106,9 @@ async def body_of(answer: WireAnswer, idle_seconds: float = 5) -> bytes:
 
 @contextlib.asynccontextmanager
 async def calls_of(
-    configured: Any, resolve: Callable[[str, int], Awaitable[list[str]]] | None = None
+    configured: Any, resolve: Callable[[str, int], Awaitable[list[str]]] | None = None, **given: int
 ) -> AsyncIterator[Calls]:
-    calls = Calls(configured, resolve=resolve)
+    calls = Calls(configured, resolve=resolve, **given)
     try:
         yield calls
     finally:
@@ -622,6 +621,7 @@ async def test_a_second_sending_that_cannot_be_dialled_leaves_the_outcome_unknow
 
 @on_both_loops
 async def test_at_most_so_many_requests_run_at_once_and_who_waits_is_served_in_order() -> None:
+    most = 100  # of the true number both ends would be more sockets than a shell grants
     release = asyncio.Event()
 
     async def play(line: Line) -> None:
@@ -630,10 +630,11 @@ async def test_at_most_so_many_requests_run_at_once_and_who_waits_is_served_in_o
             await release.wait()
             await line.say(OK)
 
-    async with plain(play) as (near, far):
-        first = [asyncio.ensure_future(near.call()) for _ in range(MAX_IN_USE_PER_HOST)]
-        await far.until(lambda: len(far.requests) == MAX_IN_USE_PER_HOST)
-        with pytest.raises(NotSent) as not_sent:
+    async with far_side(play) as far, calls_of(development(), Resolver(["127.0.0.1"]), most_in_use=most) as calls:
+        near = Near(calls, far.port, "http")
+        first = [asyncio.ensure_future(near.call()) for _ in range(most)]
+        await far.until(lambda: len(far.requests) == most)
+        with pytest.raises(NoRoom) as not_sent:
             await near.call(connect_seconds=0.01)
         assert "waiting" in not_sent.value.detail
         later = [asyncio.ensure_future(near.call(b"GET", b"/%d" % i)) for i in range(20)]
@@ -641,8 +642,8 @@ async def test_at_most_so_many_requests_run_at_once_and_who_waits_is_served_in_o
         later.pop(3).cancel()
         release.set()
         await asyncio.gather(*first, *later)
-        assert len(far.dialled) == MAX_IN_USE_PER_HOST
-        waited = [request.split(b" ")[1] for request in far.requests[MAX_IN_USE_PER_HOST:]]
+        assert len(far.dialled) == most
+        waited = [request.split(b" ")[1] for request in far.requests[most:]]
         assert sorted(waited) == sorted(b"/%d" % i for i in range(20) if i != 3)
         assert all(host.in_use == 0 for host in near.calls._hosts.values())
         assert near.calls._idle <= 100
@@ -1148,3 +1149,44 @@ async def test_a_reader_who_waits_holds_the_server_back_and_loses_nothing() -> N
         assert len(await body_of(answer)) == 50_000_000
         await answer.aclose()
         assert near.calls._idle == 1
+
+
+@on_both_loops
+async def test_a_body_of_tiny_chunks_waits_and_is_read_in_large_pieces() -> None:
+    async def play(line: Line) -> None:
+        await line.request()
+        await line.say(
+            b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + b"2\r\nab\r\n" * 100_000 + b"0\r\n\r\n"
+        )
+
+    async with plain(play) as (near, _):
+        answer = await near.open()
+        await asyncio.sleep(0.1)
+        assert len(answer._pieces) < 100
+        found = []
+        while piece := await answer.read(5):
+            assert len(piece) <= 262_144
+            found.append(piece)
+        assert b"".join(found) == b"ab" * 100_000
+        assert len(found) < 200
+        await answer.aclose()
+
+
+@on_both_loops
+async def test_what_comes_in_tiny_pieces_is_joined_and_counts_with_what_it_costs() -> None:
+    async def play(line: Line) -> None:
+        await line.request()
+        await line.say(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n")
+        await line.request()
+
+    async with plain(play) as (near, _):
+        answer = await near.open()
+        held_back = [answer.add(b"x") for _ in range(5_000)]
+        assert held_back.index(True) == 262_144 // 61  # a piece costs some sixty bytes besides its own
+        assert await answer.read(5) == b"x" * 5_000
+        assert answer._bytes_waiting == 0
+        for size in (40_000, 25_000, 1_000, 300_000, 1):
+            answer.add(b"y" * size)
+        assert [len(await answer.read(5)) for _ in range(4)] == [65_000, 1_000, 262_144, 37_857]
+        assert answer._bytes_waiting == 0
+        await answer.aclose()

@@ -11,7 +11,7 @@ import pytest
 import pytest_asyncio
 import uvicorn
 
-from broker.listening import COUNT_REFUSED, MAX_HEAD_BYTES, RAW_TARGET, BoundedHttp
+from broker.listening import COUNT_REFUSED, GONE, LOOK_SECONDS, MAX_HEAD_BYTES, RAW_TARGET, BoundedHttp
 from tests.flows.rig import reserved_socket
 
 START = b"POST / HTTP/1.1\r\nHost: x\r\n"
@@ -410,3 +410,125 @@ async def test_what_is_refused_is_counted() -> None:
         for request_bytes in (framed(), HEADS["no Host"], FRAMING["two lengths"], framed(*UPGRADE, TE)):
             await said(port, [request_bytes], patience_seconds=0.2)
     assert counted == [400, 400, 501]
+
+
+# --- Clients that leave
+
+
+class Lasting:
+    """An application whose answers last until their client is gone; it never calls ``receive``."""
+
+    def __init__(self, *, ticks: bool = False) -> None:
+        """Begin with no request. ``ticks``: it sends on and on, else it is quiet after its first word."""
+        self.ticks = ticks
+        self.begun: list[str] = []
+        self.gone: list[str] = []
+        self.ended = asyncio.Event()
+
+    async def __call__(self, scope: Any, _receive: Any, send: Any) -> None:
+        """Answer with a first word and wait."""
+        left = asyncio.Event()
+        self.begun.append(scope["path"])
+        scope[GONE].append(lambda: self.gone.append(scope["path"]))
+        scope[GONE].append(left.set)
+        if scope["path"] != "/silent":
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": b"word", "more_body": True})
+        while not left.is_set():
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(left.wait(), 0.02 if self.ticks else None)
+            if self.ticks:
+                await send({"type": "http.response.body", "body": b"tick", "more_body": True})
+        await send({"type": "http.response.body", "body": b"to nobody", "more_body": False})
+        self.ended.set()
+
+
+def get(path: str) -> bytes:
+    return f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode()
+
+
+@pytest.mark.parametrize("ticks", [True, False], ids=["talking", "quiet"])
+async def test_a_client_that_leaves_is_noticed_behind_its_pipelined_requests_and_those_are_not_begun(
+    caplog: pytest.LogCaptureFixture, *, ticks: bool
+) -> None:
+    app = Lasting(ticks=ticks)
+    async with served(app=app) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(get("/first"))
+        await reader.readuntil(b"word")
+        writer.write(get("/second") + get("/third"))
+        await writer.drain()
+        await asyncio.sleep(0.1)
+        writer.close()
+        async with asyncio.timeout(3):
+            await app.ended.wait()
+    assert app.begun == app.gone == ["/first"]
+    assert caplog.text == ""  # asyncio and uvicorn log what is written to nobody
+
+
+async def test_a_client_that_leaves_amid_its_body_is_noticed_though_nobody_reads_that() -> None:
+    app = Lasting()
+    async with served(app=app) as port:
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"POST /silent HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n" + b"x" * 200_000)
+        await writer.drain()
+        await asyncio.sleep(0.2)
+        assert app.begun == ["/silent"]
+        assert app.gone == []
+        writer.transport.abort()
+        async with asyncio.timeout(3):
+            await app.ended.wait()
+    assert app.gone == ["/silent"]
+
+
+async def test_a_client_that_waits_behind_a_body_that_nobody_reads_is_not_taken_for_gone() -> None:
+    app = Lasting()
+    async with served(app=app) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"POST /first HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n" + b"x" * 200_000)
+        await reader.readuntil(b"word")
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(app.ended.wait(), 2 * LOOK_SECONDS + 0.2)
+        assert not reader.at_eof()
+        writer.transport.abort()
+
+
+async def test_of_an_answer_that_is_whole_nobody_is_told_that_its_client_left() -> None:
+    told_of: list[str] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        scope[GONE].append(lambda: told_of.append(scope["path"]))
+        await echo(scope, receive, send)
+
+    async with served(app=app) as port:
+        assert (await said(port, [get("/a")], patience_seconds=0.1)).endswith(b"0")
+        await asyncio.sleep(0.1)
+    assert told_of == []
+
+
+async def test_the_server_ends_though_clients_left_behind_their_pipelined_requests() -> None:
+    app = Lasting(ticks=True)
+    async with asyncio.timeout(5):
+        async with served(app=app) as port:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(get("/first"))
+            await reader.readuntil(b"word")
+            writer.write(get("/second"))
+            await writer.drain()
+            await asyncio.sleep(0.05)
+            writer.transport.abort()
+    assert app.begun == ["/first"]
+
+
+@pytest.mark.parametrize("whole", [True, False])
+async def test_a_status_that_is_nobodys_is_sent_without_a_reason(*, whole: bool) -> None:
+    async def app(_scope: Any, _receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 999, "headers": [(b"content-length", b"2")]})
+        if not whole:
+            await send({"type": "http.response.body", "body": b"n", "more_body": True})
+        await send({"type": "http.response.body", "body": b"no" if whole else b"o"})
+
+    async with served(app=app) as port:
+        heard = await said(port, [get("/a")], patience_seconds=0.2)
+    assert heard.startswith(b"HTTP/1.1 999 \r\n")
+    assert heard.endswith(b"content-length: 2\r\n\r\nno")

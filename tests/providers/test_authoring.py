@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pkgutil
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 
 import providers
 from providers import collect, load_catalog, problems
-from providers.authoring import check, check_all, names, skeleton, trials, write_skeleton
+from providers.authoring import check, check_all, is_tool, names, skeleton, trials, write_skeleton
 from providers.spec import (
     Account,
     ApiKey,
@@ -24,12 +25,19 @@ from providers.spec import (
     Incoming,
     Material,
     Outgoing,
+    Proof,
     Provider,
+    Received,
     Revocation,
+    Secret,
     Signed,
     Signer,
+    SourceKeys,
     Variable,
+    Webhook,
+    WebhookRefused,
 )
+from providers.verifying import hmac_signature
 
 
 def begun(name: str = "acme") -> Provider:
@@ -60,7 +68,18 @@ def test_what_cannot_be_a_name_is_refused(name: str) -> None:
         skeleton(name)
 
 
-@pytest.mark.parametrize("name", ["spec", "authoring"])
+def test_the_files_of_providers_are_those_of_the_catalog_and_the_rest_are_tools() -> None:
+    beside = {found.name for found in pkgutil.iter_modules(providers.__path__)}
+    assert names() == sorted(load_catalog())
+    assert {name for name in beside if is_tool(name)} == beside - load_catalog().keys()
+
+
+def test_a_type_that_is_not_served_at_a_host_is_not_tried_there() -> None:
+    provider = replace(begun(), hosts={"": "https://api.example.test", "files": "https://files.example.test"})
+    assert list(trials(replace(provider, signers={"oauth2@files": None}))) == []
+
+
+@pytest.mark.parametrize("name", ["spec", "authoring", "webhook_keys", "sigv4"])
 def test_the_name_of_a_tool_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match="taken"):
         skeleton(name)
@@ -223,3 +242,52 @@ def test_hosts_with_variables_and_discovered_urls_are_made_up_for_the_trial() ->
 
 def test_a_provider_without_functions_has_nothing_to_try() -> None:
     assert list(trials(Provider("plain", "Plain", "https://docs.example.test"))) == []
+
+
+# --- careless webhooks
+
+
+def _trusting(received: Received, keys: SourceKeys) -> Dialogue[Proof]:
+    """Believe everything."""
+    del received, keys
+    yield from ()
+    return Proof(0, frozenset({"body"}), b"x")
+
+
+def _failing(received: Received, keys: SourceKeys) -> Dialogue[Proof]:
+    """Trust that the body is there."""
+    del keys
+    yield from ()
+    return Proof(received.body[0], frozenset())
+
+
+def _straying(received: Received, keys: SourceKeys) -> Dialogue[Proof]:
+    """Fetch a key from wherever the request says."""
+    del received, keys
+    yield Outgoing("GET", "https://elsewhere.test/key")
+    raise WebhookRefused("key_refused")
+
+
+def _signing_wrongly(received: Received, key: Secret, now: float) -> Received:
+    """Sign nothing."""
+    del key, now
+    return received
+
+
+SIGNED = hmac_signature("x-signature")
+CARELESS_WEBHOOKS = {
+    "takes a request for proven that is not signed": replace(SIGNED, verify=_trusting),
+    "raises IndexError": replace(SIGNED, verify=_failing),
+    "asks a server that its scheme does not name": replace(
+        SIGNED, verify=_straying, asks=("https://api.example.test",)
+    ),
+    "refuses what its own scheme signed": replace(SIGNED, sign=_signing_wrongly),
+}
+
+
+@pytest.mark.parametrize("words", CARELESS_WEBHOOKS)
+def test_a_careless_webhook_is_found_out(words: str) -> None:
+    webhook = Webhook(CARELESS_WEBHOOKS[words], "https://docs.example.test")
+    provider = Provider("one", "One", "https://docs.example.test", webhooks={"": webhook})
+    assert list(problems(provider)) == []
+    assert any(words in found for found in trials(provider))

@@ -28,16 +28,22 @@ from providers.spec import (
     Aws,
     Credential,
     Dialogue,
+    Header,
     Incoming,
+    Member,
     OAuth2,
     Outgoing,
     Provider,
     ProviderAnswerError,
     RateHeaders,
     Refresh,
+    Reply,
     Secret,
+    Setting,
     Variable,
+    Webhook,
 )
+from providers.verifying import hmac_signature
 
 T = TypeVar("T")
 CATALOG = load_catalog()
@@ -155,7 +161,7 @@ def test_every_url_of_a_definition_is_https(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_definition_can_be_listed_without_showing_code_or_secret(name: str) -> None:
-    assert CATALOG[name].credential_types
+    assert CATALOG[name].credential_types or CATALOG[name].webhooks
     assert re.fullmatch(r"[A-Za-z0-9 .&()/-]+", CATALOG[name].title)
 
 
@@ -255,9 +261,10 @@ GOOD = Provider(
         implied_scopes={"all": ("some",)},
         scope_aliases={"https://example.test/scope/some": "some"},
         default_scopes=("some",),
+        token_variables={"shop": "shop"},
     ),
     hosts={"": "https://{shop}.example.test/api"},
-    variables=(Variable("shop", r"[a-z0-9-]{1,40}", "acme"),),
+    variables=(Variable("shop", r"[a-z0-9-]{1,40}", "acme", learned=True),),
     identify=CATALOG["oidc"].identify,
     env_prefix="GOOD",
 )
@@ -270,6 +277,12 @@ def good_with(**changes: Any) -> Provider:
 
 def variable(pattern: str, example: str = "acme") -> Provider:
     return replace(GOOD, variables=(Variable("shop", pattern, example),))
+
+
+def chosen_host(authority: str, pattern: str = r"[a-z0-9-]{1,40}", example: str = "acme", **more: Any) -> Provider:
+    """Return a provider with a host whose variable is in none of the addresses of its flow."""
+    hosts = {"": f"https://{authority}/api", "files": "https://files.example.test/{shop}"}
+    return replace(good_with(token_variables={}), hosts=hosts, variables=(Variable("shop", pattern, example, **more),))
 
 
 BAD: dict[str, tuple[Provider, str]] = {
@@ -334,6 +347,24 @@ BAD: dict[str, tuple[Provider, str]] = {
         replace(GOOD, signers={"oauth2": header("x-zone", value="{zone}")}),
         "signer has a variable that is not declared",
     ),
+    "a type that no host gets": (replace(GOOD, signers={"oauth2": None}), "without any host"),
+    "a minted type that no named host gets": (
+        replace(GOOD, minting={"client_credentials": client_credentials()}, signers={"client_credentials": None}),
+        "without any host",
+    ),
+    "a token for a host that a session names": (chosen_host("{shop}.example.test"), "a session may choose"),
+    "a token for a port that a session names": (chosen_host("api.example.test:{shop}", r"[0-9]+", "443"), "may choose"),
+    "a token for a host that a flow may go without": (chosen_host("{shop}.example.test", learned=True), "may choose"),
+    "a minted token for such a host": (
+        replace(
+            chosen_host("{shop}.example.test"),
+            minting={"client_credentials": client_credentials()},
+            signers={"oauth2": None, "oauth2@files": bearer()},
+        ),
+        "a session may choose",
+    ),
+    "a parameter for the method with a space": (replace(GOOD, method_params=("a b",)), "method_params"),
+    "a field for a path in capitals": (replace(GOOD, path_headers=("X-Source",)), "path_headers"),
     "an AWS key without a signer": (replace(GOOD, aws=Aws()), "an AWS key needs a signer"),
     "a minted type called aws": (replace(GOOD, minting={"aws": client_credentials()}), "a kind of minted credential"),
     "a rate field in capitals": (replace(GOOD, rate_headers=RateHeaders(remaining=("X-Left",))), "in lower case"),
@@ -348,6 +379,31 @@ BAD: dict[str, tuple[Provider, str]] = {
     "a success that means too many": (replace(GOOD, rate_headers=RateHeaders(statuses={200: ()})), "those of errors"),
     "nobody to ask who consented": (replace(GOOD, identify=None), "identify"),
 }
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"authorize_url": "https://example.test/{shop}/authorize"},
+        {"token_url": "https://{shop}.example.test/token"},
+        {"token_variables": {"shop": "shop"}},
+        {"callback_variables": {"shop": "shop"}},
+    ],
+)
+def test_a_token_may_go_to_a_host_that_its_own_flow_went_by(changes: dict[str, Any]) -> None:
+    provider = chosen_host("{shop}.example.test", learned=True)
+    assert provider.oauth2 is not None
+    assert list(problems(replace(provider, oauth2=replace(provider.oauth2, **changes)))) == []
+
+
+def test_a_token_may_go_to_one_of_the_vendors_own_few_places() -> None:
+    assert list(problems(chosen_host("{shop}.example.test", r"us|eu", "eu"))) == []
+
+
+def test_what_is_not_a_token_of_a_flow_may_go_where_its_importer_says() -> None:
+    provider = chosen_host("{shop}.example.test")
+    signers = {"oauth2": None, "oauth2@files": bearer()}
+    assert list(problems(replace(provider, api_key=ApiKey(), signers=signers))) == []
 
 
 def test_a_variable_that_only_a_signer_has_is_used() -> None:
@@ -379,6 +435,37 @@ def test_a_module_without_a_provider_is_none() -> None:
 def test_something_else_called_provider_is_refused() -> None:
     with pytest.raises(CatalogError, match="not a Provider"):
         collect({"good": {"PROVIDER": "good"}})
+
+
+HOOK = Webhook(hmac_signature("x-signature"), "https://docs.example.test/webhooks")
+WRONG_WEBHOOKS: dict[str, tuple[Mapping[str, Webhook], str]] = {
+    "a kind with a bad name": ({"A b": HOOK}, "a webhook's name"),
+    "a page without TLS": ({"": replace(HOOK, docs_url="http://docs.example.test")}, "a webhook's name"),
+    "a signature in capitals": ({"": replace(HOOK, scheme=hmac_signature("X-Signature"))}, "fields in lower case"),
+    "an event in capitals": ({"": replace(HOOK, event=(Header("X-Event"),))}, "fields in lower case"),
+    "a pointer that is none": ({"": replace(HOOK, action=Member("action"))}, "JSON Pointers"),
+    "an id in each element": ({"": replace(HOOK, delivery_id=Member("/*/id"))}, "one id"),
+    "an acknowledgement that is a refusal": ({"": replace(HOOK, acknowledgement=Reply(302))}, "a status of 2xx"),
+    "a key without TLS": ({"": replace(HOOK, scheme=replace(HOOK.scheme, asks=("http://x.test",)))}, "https origins"),
+    "a key's whole address": (
+        {"": replace(HOOK, scheme=replace(HOOK.scheme, asks=("https://x.test/a",)))},
+        "https origins",
+    ),
+    "a setting twice": ({"": replace(HOOK, settings=(Setting("a", "A"), Setting("a", "B")))}, "each once"),
+    "a setting in capitals": ({"": replace(HOOK, settings=(Setting("A", "A"),))}, "each once"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG_WEBHOOKS)
+def test_a_wrong_webhook_is_refused(what: str) -> None:
+    webhooks, message = WRONG_WEBHOOKS[what]
+    assert any(message in found for found in problems(replace(GOOD, webhooks=webhooks))), what
+
+
+def test_a_provider_may_have_webhooks_and_nothing_else() -> None:
+    only = Provider("one", "One", "https://example.test", webhooks={"": HOOK})
+    assert list(problems(only)) == []
+    assert any("at least one kind" in found for found in problems(replace(only, webhooks={})))
 
 
 def test_a_file_named_otherwise_is_refused_and_so_no_name_comes_twice() -> None:

@@ -14,7 +14,19 @@ from broker.errors import InvalidRequest
 from broker.integrations.config import parse_config
 from broker.token_endpoint import TokenAnswer, TokenRefusal, authorize_url, parse_answer
 from providers import facebook, paypal, posthog, reddit, sentry, square, supabase, tiktok
-from providers.spec import Account, Call, Incoming, Material, OAuth2, Outgoing, Provider, ProviderAnswerError, Secret
+from providers.signing import signer_of
+from providers.spec import (
+    Account,
+    Call,
+    Incoming,
+    Material,
+    OAuth2,
+    Outgoing,
+    Provider,
+    ProviderAnswerError,
+    Secret,
+    Signed,
+)
 from tests.providers.dialogues import credential_at, driven, said
 
 BASIC = f"Basic {base64.b64encode(b'client-1:client-secret').decode()}"
@@ -394,8 +406,25 @@ def test_no_parameter_of_a_config_takes_the_place_of_the_clients_id() -> None:
     ],
 )
 def test_a_key_of_the_old_kind_is_the_bearer_token_too(key: str, fields: dict[bytes, bytes]) -> None:
-    signer = supabase.PROVIDER.signers["api_key"]
-    call = Call("GET", "https", "abcdefghijklmnopqrst.supabase.co", b"/rest/v1/", b"", ())
-    signed = signer.sign(call, Material({"api_key": Secret(key)}, {}, "", 1_790_000_000.0, "unique"))
+    signed = with_key(key, "")
     assert dict(signed.headers) == fields
+    signer = supabase.PROVIDER.signers["api_key"]
+    assert signer is not None
     assert set(signer.headers) == {"apikey", "authorization"}
+    with pytest.raises(ValueError, match="not for the host management"):
+        with_key(key, "management")
+
+
+def test_a_personal_token_goes_to_the_account_s_own_host_and_to_no_project() -> None:
+    assert dict(with_key("sbp_1", "management").headers) == {b"authorization": b"Bearer sbp_1"}
+    with pytest.raises(ValueError, match="for the host management only") as raised:
+        with_key("sbp_1", "")
+    assert "sbp_1" not in str(raised.value)
+
+
+def with_key(key: str, host: str) -> Signed:
+    """Return what a call to a host gets of an imported key."""
+    signer = signer_of(supabase.PROVIDER, "api_key", host)
+    assert signer is not None
+    call = Call("GET", "https", "abcdefghijklmnopqrst.supabase.co", b"/rest/v1/", b"", ())
+    return signer.sign(call, Material({"api_key": Secret(key)}, {}, "", 1_790_000_000.0, "unique"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import time
 from pathlib import Path
 from typing import Any, cast
 
@@ -238,6 +239,15 @@ def test_what_cannot_be_signed_is_refused_with_its_reason() -> None:
         ('other=("date")', "sig1=:AAAA:", "no such label"),
         ('sig1=("date";req)', "sig1=:AAAA:", "not known"),
         ('sig1=("date")', "sig1=:A:", "base64"),
+        ('sig1=("date");tag="a', "sig1=:AAAA:", "no dictionary"),
+        ('sig1=("date"),', "sig1=:AAAA:", "no dictionary"),
+        ('sig1=("date") other=("date")', "sig1=:AAAA:", "no dictionary"),
+        ('!!!Asig1=("date")', "sig1=:AAAA:", "no dictionary"),
+        ('sig1=("date")', "x=?2, sig1=:AAAA:", "no dictionary"),
+        ('sig1=("date" )', "sig1=:AAAA:", "not known"),
+        ('sig1=("date"); created=1', "sig1=:AAAA:", "not known"),
+        ('sig1=("date");alg="a";alg="ed25519"', "sig1=:AAAA:", "twice"),
+        ("sig1", "sig1=:AAAA:", "not known"),
     ],
 )
 def test_a_message_without_a_signature_of_this_form_is_refused(said: str, signature: str, words: str) -> None:
@@ -255,6 +265,89 @@ def test_one_label_is_found_among_several() -> None:
     )
     assert verify_message(message, "two", "ed25519", public("test-key-ed25519"))
     assert not verify_message(message, "one", "ed25519", public("test-key-ed25519"))
+
+
+def signed_message(said: str, keyid: str = "test-key-ed25519", algorithm: Algorithm = "ed25519") -> Message:
+    """Return a message whose field says something, with a good signature of just that under the label sig1."""
+    base = signature_base(Message([("date", "x")]), ["date"], '("date")' + said.partition('sig1=("date")')[2])
+    signature = base64.b64encode(signature_of(base.encode(), algorithm, private(keyid))).decode()
+    return Message([("date", "x"), ("signature-input", said), ("signature", f"sig1=:{signature}:")], "GET")
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        r'other=("date");tag="x\", sig1=("date")',  # an escaped quote does not end the text
+        r'other=("date");tag="x\", sig1=("date");a=\"',
+        '!!!Asig1=("date")',
+        'Asig1=("date")',
+        'a=b c, sig1=("date")',
+        'other=("date"), sig1=("date"),',
+    ],
+)
+def test_a_label_counts_only_where_the_field_is_a_dictionary_and_has_it_as_a_member(said: str) -> None:
+    with pytest.raises(ValueError, match="signature-input"):
+        verify_message(signed_message(said), "sig1", "ed25519", public("test-key-ed25519"))
+
+
+@pytest.mark.parametrize(
+    ("alg", "good"), [('"hmac-sha256"', True), ('"ed25519"', False), ("hmac-sha256", False), ('"HMAC-SHA256"', False)]
+)
+def test_a_message_that_names_another_algorithm_is_not_verified(alg: str, *, good: bool) -> None:
+    message = signed_message(f'sig1=("date");alg={alg}', "test-shared-secret", "hmac-sha256")
+    assert verify_message(message, "sig1", "hmac-sha256", public("test-shared-secret")) is good
+
+
+MEMBERS = st.sampled_from(
+    [
+        "a",
+        "a;b=?0",
+        "a=1.5",
+        "*b=token/x",
+        'c="q, sig1=(x)"',
+        'd="\\"\\\\";e',
+        "f=:AAAA:",
+        'g=( "x";y  2 );z=1',
+        "h=()",
+        "i=-3",
+    ]
+)
+
+
+@given(st.lists(MEMBERS, max_size=4), st.lists(MEMBERS, max_size=4), st.sampled_from([",", ", ", " ,\t"]))
+def test_a_label_is_found_among_members_of_every_form(before: list[str], after: list[str], comma: str) -> None:
+    message = signed_message('sig1=("date");created=1;tag="a, b=(c)"')
+    fields = [
+        (name, comma.join([*before, value, *after]) if name != "date" else value) for name, value in message.headers
+    ]
+    assert verify_message(Message(fields, "GET"), "sig1", "ed25519", public("test-key-ed25519"))
+
+
+@pytest.mark.parametrize("unit", ['"a" ', "a=1,", "a", '\\"', " ", ";a", "(", '"', ", ", "x="])
+@pytest.mark.parametrize("start", ["", "sig1=(", 'sig1=("date");', 'sig1="'])
+def test_reading_a_long_field_takes_time_in_proportion(start: str, unit: str) -> None:
+    long = start + unit * (400_000 // len(unit))
+    message = Message([("date", "x"), ("signature-input", long), ("signature", "other=:AAAA:")], "GET")
+    begun = time.process_time()
+    with pytest.raises(ValueError, match=r"(?i)signature"):
+        verify_message(message, "sig1", "ed25519", public("test-key-ed25519"))
+    assert time.process_time() - begun < 2  # squared it would be minutes
+
+
+@pytest.mark.parametrize("value", ['x\n"@method": GET', "a\rb", "a\x00b", "a\x7fb", "é"])
+def test_a_value_that_could_be_taken_for_another_line_is_not_signed(value: str) -> None:
+    for message, covered in (
+        (Message([("date", value)], "GET"), "date"),
+        (Message([], value, authority="a"), "@method"),
+        (Message([], "GET", authority=value), "@authority"),
+        (Message([], "GET", authority="a", target=f"/{value}"), "@target-uri"),
+    ):
+        with pytest.raises(ValueError, match="ASCII without control"):
+            signature_base(message, [covered], f'("{covered}")')
+    with pytest.raises(ValueError, match="ASCII without control"):
+        signature_base(Message([("date", "x")]), ["date"], f'("date");tag="{value}"')
+    with pytest.raises(ValueError, match="not known here"):
+        signature_base(Message([(value, "x")]), [value], "()")
 
 
 @given(st.text(max_size=20))

@@ -234,8 +234,18 @@ PROVIDER = Provider(
         "api_key": header("x-key"),
         "api_key@files": query("key"),
         "basic@files": header("x-pair", value="{username}"),
+        "minted": None,
+        "minted@files": bearer(),
+        "oauth2@files": None,
     },
 )
+
+
+def chosen(kind: str, host: str) -> Signer:
+    """Return the signer of a host, of which there has to be one."""
+    signer = signer_of(PROVIDER, kind, host)
+    assert signer is not None
+    return signer
 
 
 def test_the_signer_of_a_host_goes_before_the_one_of_the_type_and_that_before_the_rule() -> None:
@@ -244,9 +254,15 @@ def test_the_signer_of_a_host_goes_before_the_one_of_the_type_and_that_before_th
     assert signer_of(PROVIDER, "api_key", "other") is PROVIDER.signers["api_key"]
     assert signer_of(PROVIDER, "basic", "files") is PROVIDER.signers["basic@files"]
     held = material(username="u", password="p", access_token="t")
-    assert signed(signer_of(PROVIDER, "basic", ""), held).headers == ((b"authorization", encoded("u:p")),)
-    assert signed(signer_of(PROVIDER, "oauth2", ""), held).headers == ((b"authorization", b"Bearer t"),)
-    assert signed(signer_of(PROVIDER, "minted", "files"), held).headers == ((b"authorization", b"Bearer t"),)
+    assert signed(chosen("basic", ""), held).headers == ((b"authorization", encoded("u:p")),)
+    assert signed(chosen("oauth2", ""), held).headers == ((b"authorization", b"Bearer t"),)
+    assert signed(chosen("minted", "files"), held).headers == ((b"authorization", b"Bearer t"),)
+
+
+def test_a_type_that_must_not_go_to_a_host_has_no_signer_there() -> None:
+    assert signer_of(PROVIDER, "oauth2", "files") is None
+    assert [signer_of(PROVIDER, "minted", host) for host in ("", "other")] == [None, None]
+    assert signer_of(PROVIDER, "oauth2", "other") is not None
 
 
 @pytest.mark.parametrize("signer", [bearer(), basic(), query("key"), body_field("key")])

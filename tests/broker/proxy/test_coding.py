@@ -181,3 +181,14 @@ def test_a_little_that_becomes_a_mebibyte_is_no_bomb() -> None:
 
 def test_many_small_members_cost_little() -> None:
     assert decoded(b"gzip", gzip.compress(b"a") * 20_000) == b"a" * 20_000
+
+
+@pytest.mark.parametrize("name", [b"gzip", b"x-gzip", b"deflate", b"br"])
+def test_a_part_of_a_coded_answer_is_refused_before_a_byte_of_it_is_read(name: bytes) -> None:
+    with pytest.raises(UpstreamInvalid):
+        decoder_for(name, partial=True)
+
+
+def test_a_part_of_an_answer_without_a_coding_needs_no_decoder() -> None:
+    assert decoder_for(None, partial=True) is None
+    assert decoder_for(b"identity", partial=True) is None

@@ -117,6 +117,21 @@ def test_a_caller_key_goes_nowhere_wherever_it_stands() -> None:
     assert fields == ((b"x-tool", b"brk_tool"), IDENTITY)
 
 
+def test_what_authenticated_the_caller_goes_nowhere_wherever_it_stands() -> None:
+    given = [
+        *(
+            (b"X-Goog-Api-Key", b"eyJ.caller.jwt"),
+            (b"X-Note", b"Bearer eyJ.caller.jwt;"),
+            (b"X-Other", b"eyJ.vendor.jwt"),
+        ),
+        *((b"Private-Token", b"anything"), (b"X-Tool", b"1")),
+    ]
+    fields = request_fields(
+        given, owned=OWNED, companions={}, shown=(b"eyJ.caller.jwt", b""), dropped=frozenset({b"private-token"})
+    )
+    assert fields == ((b"x-other", b"eyJ.vendor.jwt"), (b"x-tool", b"1"), IDENTITY)
+
+
 @pytest.mark.parametrize(
     "value",
     [
@@ -420,6 +435,30 @@ def test_whatever_an_answer_points_at_it_leads_to_the_proxy_or_nowhere(text: str
 )
 def test_each_link_of_a_link_field_is_rewritten_or_dropped(value: bytes, ours: bytes | None) -> None:
     assert answer_fields([(b"Link", value)], rewrite=to_us) == (() if ours is None else ((b"link", ours),))
+
+
+def test_of_very_many_links_the_first_hundred_go_on() -> None:
+    asked_for = 0
+
+    def counted(url: bytes) -> bytes | None:
+        nonlocal asked_for
+        asked_for += 1
+        return b"/ours" + url
+
+    fields = answer_fields(
+        [(b"link", b"</a>," * 60), (b"location", b"/b"), (b"Link", b"</c>," * 15_000)], rewrite=counted
+    )
+    assert fields == (
+        (b"link", b", ".join([b"</ours/a>"] * 60)),
+        (b"location", b"/ours/b"),
+        (b"link", b", ".join([b"</ours/c>"] * 40)),
+    )
+    assert asked_for == 101
+
+
+def test_links_that_grow_when_they_are_rewritten_stay_within_a_head() -> None:
+    ((_, value),) = answer_fields([(b"link", b"<a>," * 90)], rewrite=lambda _: b"/" + b"x" * 29_999)
+    assert value.count(b"<") == 2
 
 
 def test_a_long_malformed_link_field_is_read_in_linear_time() -> None:

@@ -238,3 +238,27 @@ def test_an_answer_that_keeps_almost_telling_the_secret_costs_linear_time() -> N
         scrubber.feed(b"a" * 100)
     assert time.process_time() - began < 5
     assert scrubber.feed(b"b") + scrubber.finish() == b"*" * 2_001
+
+
+@pytest.mark.parametrize("secret", ["0123456789:/+ " * 300, "a" * 4_000, "ab" * 2_000 + "/", "a:" * 2_000])
+@pytest.mark.parametrize("seed_bytes", [1, 8])
+def test_an_answer_full_of_beginnings_costs_little(secret: str, seed_bytes: int) -> None:
+    forms = forms_of([secret])
+    for form in forms.spellings[:: max(1, len(forms.spellings) // 12)]:
+        chunk = form[:seed_bytes] * (forms.longest // seed_bytes) + b"!"
+        scrubber, began = Scrubber(forms), time.process_time()
+        for _ in range(10):
+            scrubber.feed(chunk)
+            scrubber.feed(b"!")
+        assert time.process_time() - began < 0.2
+
+
+def test_where_hundreds_of_places_look_like_a_beginning_more_is_held_back_but_nothing_lost_and_nothing_shown() -> None:
+    secret = "a" * 3_000 + "b"
+    forms = forms_of([secret])
+    scrubber = Scrubber(forms)
+    fed = [b"a" * 2_900 + b"!", *([b"a" * 700 + b"!"] * 20), secret.encode(), b"!"]
+    out = [scrubber.feed(piece) for piece in fed]
+    assert len(b"".join(fed)) - sum(len(piece) for piece in out) < forms.longest
+    whole = b"".join(out) + scrubber.finish()
+    assert whole == b"".join(fed).replace(secret.encode(), forms.star * len(secret))

@@ -16,6 +16,7 @@ CONNECTION = "con_" + "a1b2c3d4e5" * 2 + "f6g7h8"
 PREFIX = f"/proxy/{CONNECTION}".encode()
 GOOD = "https://api.good.test"
 DOMAIN = "calls.broker.test"
+KEY = b"brk_k3yk3yk3yk" + b"a1b2c3d4e5f6g7h8_" + b"s" * 43
 LABEL = CONNECTION.replace("_", "-")
 
 REFUSED_TAILS = {
@@ -114,6 +115,22 @@ def test_a_tail_that_could_be_read_in_two_ways_is_refused(tail: bytes) -> None:
     with pytest.raises(InvalidRequest) as refused:
         parse_target(PREFIX + tail)
     assert b"evil" not in refused.value.detail.encode()
+
+
+@pytest.mark.parametrize(
+    "tail",
+    [
+        *(b"/x?key=" + KEY, b"/bot" + KEY + b"/getMe", b"/x?a=1&key=" + KEY.replace(b"_", b"%5F") + b"&b=2"),
+        *(b"/" + KEY.replace(b"_", b"%5f"), b"/x?" + KEY.replace(b"b", b"%62"), b"/x?" + KEY.replace(b"_", b"%255F")),
+    ],
+)
+def test_a_caller_key_in_the_address_is_refused_and_not_sent_on(tail: bytes) -> None:
+    with pytest.raises(InvalidRequest, match="A caller key must not stand in the address"):
+        parse_target(PREFIX + tail)
+    with pytest.raises(InvalidRequest, match="A caller key must not stand in the address"):
+        parse_hosted(f"{LABEL}.{DOMAIN}".encode(), DOMAIN, tail)
+    assert below(GOOD, GOOD + tail.decode()) is None
+    assert parse_target(PREFIX + tail.replace(b"k3yk3yk3yk", b"short")).path
 
 
 @pytest.mark.parametrize("tail", PASSING_TAILS)
