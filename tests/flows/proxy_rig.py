@@ -247,9 +247,11 @@ class Rig:
         async with asyncio.timeout(PATIENCE_SECONDS):
             while True:
                 groups = await self._audited("connection.proxy_outcomes")
-                for found, status, code, attempts, _ in (one for group in groups for one in group["detail"]["calls"]):
+                for line in (one for group in groups for one in group["detail"]["calls"]):
+                    found, status, code, attempts, _ = line.split()
                     if found == intent:
-                        return status, code, attempts
+                        told = None if status == "-" else int(status), None if code == "-" else code
+                        return *told, int(attempts)
                 await asyncio.sleep(0.05)
 
     async def _audited(self, action: str) -> list[dict[str, Any]]:
