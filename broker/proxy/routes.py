@@ -295,6 +295,8 @@ class _Exchange:
             code = await self._guarded()
         finally:
             self._route.ended(self)
+            if self._gone is not None:
+                self._gone.clear()  # it leads back here: all of a call would wait for the collector of cycles
             if self._caller_id:
                 self._route.give_room(self._caller_id)
             if self._following is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import gzip
 import json
 import socket
@@ -16,6 +17,7 @@ import pytest
 import sqlalchemy as sa
 
 from broker.models import AuditRecord
+from broker.proxy.underway import Underway
 from tests.flows.rig import Rig, eventually
 from tests.flows.upstream import ApiServer, Got, api_server, reply
 
@@ -343,6 +345,21 @@ async def test_the_head_of_a_stream_comes_before_its_first_event(rig: Rig, api: 
     async with asyncio.timeout(2):
         async with rig.backend.stream("GET", f"/proxy/{connection}/events", headers=headers) as stream:
             assert stream.status_code == 200
+
+
+async def test_a_call_that_is_over_is_let_go_of_at_once(rig: Rig, api: ApiServer) -> None:
+    connection = await connect(rig, api)
+    gc.collect()
+    gc.disable()
+    try:
+        for method in ("GET", "POST", "GET"):
+            assert (
+                await proxied(rig, connection, method=method, content=b"" if method == "GET" else b"x")
+            ).status_code == 200
+        left = [one for one in gc.get_objects() if isinstance(one, Underway)]
+        assert left == [], "a cycle keeps a whole call until the collector comes: slow, and it holds what was sent"
+    finally:
+        gc.enable()
 
 
 async def test_an_echoed_credential_does_not_reach_the_caller(rig: Rig, api: ApiServer) -> None:
