@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import structlog
 
-from broker.audit import Verification
+from broker.audit import Audit, Verification
 from broker.audit.sinks import DEADLINE_SECONDS
 from broker.database import Database
 from broker.errors import AuditUnavailable
@@ -134,6 +134,16 @@ async def test_two_processes_that_share_a_file_lose_nothing_of_it(database: Data
     assert {line["number"] for line in lines_of(path)} == {1, 2, 3, 4, 5, 6}
 
 
+async def paid(audit: Audit) -> None:
+    """Take checkpoints until every place has what it is owed: on a busy machine one that was freed is slow at first."""
+    async with asyncio.timeout(DEADLINE_SECONDS + 5):
+        while True:
+            with contextlib.suppress(AuditUnavailable):
+                await audit.checkpoint()
+                return
+            await asyncio.sleep(0.05)
+
+
 async def test_a_place_of_checkpoints_that_hangs_costs_a_deadline_and_holds_up_no_other(
     database: Database, tmp_path: Path
 ) -> None:
@@ -146,7 +156,7 @@ async def test_a_place_of_checkpoints_that_hangs_costs_a_deadline_and_holds_up_n
                 await audit.checkpoint()
         assert len(lines_of(place)) == len(await rows_of(database, CHECKPOINTS)) == 1
         pipe.drain()
-        await audit.checkpoint()  # nothing new: the one place gets what it is owed
+        await paid(audit)  # nothing new: the one place gets what it is owed
         assert len(lines_of(place)) == 1
         assert await audit.verify() == Verification(ok=True, count=1, checked_checkpoints=2)
         assert pipe.close(), "what was late came through, twice perhaps"
