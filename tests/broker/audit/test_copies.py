@@ -33,7 +33,7 @@ class FullPipe:
         os.set_blocking(writing, True)
         self.stream = os.fdopen(writing, "w")
         self.text = b""
-        self._thread = threading.Thread(target=self._read)
+        self._thread = threading.Thread(target=self._read, daemon=True)
 
     def drain(self) -> None:
         self._thread.start()
