@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any, TypeVar
 
-from providers.spec import Credential, Dialogue, Incoming, Outgoing, Provider, Secret
+from providers.spec import Account, Credential, Dialogue, Incoming, OAuth2, Outgoing, Provider, Secret
 
 T = TypeVar("T")
 
@@ -53,3 +53,22 @@ def _filled(provider: Provider, url: str) -> str:
     for variable in provider.variables:
         url = url.replace(f"{{{variable.name}}}", variable.example)
     return url
+
+
+def oauth2_of(provider: Provider) -> OAuth2:
+    """Return the OAuth dialogue of a provider that has one."""
+    assert provider.oauth2 is not None
+    return provider.oauth2
+
+
+def asked_about(provider: Provider, *answers: Incoming, **changes: Any) -> tuple[list[Outgoing], Account]:
+    """Return what a provider's file asks about an account, and who it then takes it for."""
+    assert provider.identify is not None
+    return driven(provider.identify(credential_at(provider, **changes)), *answers)
+
+
+def revoked(provider: Provider, *answers: Incoming, **changes: Any) -> tuple[list[Outgoing], bool]:
+    """Return what a provider's file sends to revoke, and whether it takes the answer for a confirmation."""
+    revocation = oauth2_of(provider).revocation
+    assert revocation is not None
+    return driven(revocation.dialogue(credential_at(provider, **changes)), *answers)

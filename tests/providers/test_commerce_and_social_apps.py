@@ -20,32 +20,15 @@ from providers.spec import (
     Call,
     Incoming,
     Material,
-    OAuth2,
     Outgoing,
     Provider,
     ProviderAnswerError,
     Secret,
     Signed,
 )
-from tests.providers.dialogues import credential_at, driven, said
+from tests.providers.dialogues import asked_about, oauth2_of, revoked, said
 
 BASIC = f"Basic {base64.b64encode(b'client-1:client-secret').decode()}"
-
-
-def oauth2_of(provider: Provider) -> OAuth2:
-    assert provider.oauth2 is not None
-    return provider.oauth2
-
-
-def asked_about(provider: Provider, *answers: Incoming, **changes: Any) -> tuple[list[Outgoing], Account]:
-    assert provider.identify is not None
-    return driven(provider.identify(credential_at(provider, **changes)), *answers)
-
-
-def revoked(provider: Provider, *answers: Incoming, **changes: Any) -> tuple[list[Outgoing], bool]:
-    revocation = oauth2_of(provider).revocation
-    assert revocation is not None
-    return driven(revocation.dialogue(credential_at(provider, **changes)), *answers)
 
 
 # --- who consented

@@ -13,7 +13,7 @@ import pytest
 
 from broker.token_endpoint import TokenAnswer, TokenRefusal, granted_scopes, missing_scopes, parse_answer
 from providers import atlassian, discord, hubspot, linear, microsoft, notion, slack, zoom
-from providers.spec import Account, Incoming, Minter, OAuth2, Outgoing, Provider, ProviderAnswerError, Secret
+from providers.spec import Account, Incoming, Minter, Outgoing, Provider, ProviderAnswerError, Secret
 from tests.providers.behaviours import atlassian as atlassian_said
 from tests.providers.behaviours import discord as discord_said
 from tests.providers.behaviours import hubspot as hubspot_said
@@ -22,27 +22,11 @@ from tests.providers.behaviours import microsoft as microsoft_said
 from tests.providers.behaviours import notion as notion_said
 from tests.providers.behaviours import slack as slack_said
 from tests.providers.behaviours import zoom as zoom_said
-from tests.providers.dialogues import credential_at, driven, said
+from tests.providers.dialogues import asked_about, credential_at, oauth2_of, revoked, said
 
 EVERY = (slack, microsoft, atlassian, linear, notion, hubspot, discord, zoom)
 BASIC = f"Basic {base64.b64encode(b'client-1:client-secret').decode()}"
 DEAD = ("permanent", "invalid_grant")
-
-
-def oauth2_of(provider: Provider) -> OAuth2:
-    assert provider.oauth2 is not None
-    return provider.oauth2
-
-
-def asked_about(provider: Provider, *answers: Incoming, **changes: Any) -> tuple[list[Outgoing], Account]:
-    assert provider.identify is not None
-    return driven(provider.identify(credential_at(provider, **changes)), *answers)
-
-
-def revoked(provider: Provider, *answers: Incoming, **changes: Any) -> tuple[list[Outgoing], bool]:
-    revocation = oauth2_of(provider).revocation
-    assert revocation is not None
-    return driven(revocation.dialogue(credential_at(provider, **changes)), *answers)
 
 
 # --- who consented
