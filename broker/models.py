@@ -645,3 +645,227 @@ class CallLine(SQLModel, table=True):
     total_ms: float = _time(nullable=False)
     bytes_out: int = _count()
     bytes_in: int = _count()
+
+
+class WebhookState(SQLModel, table=True):
+    """One row that orders events across processes, and tells them that sources or subscriptions changed.
+
+    Whoever holds its lock numbers the next events and commits, so numbers become visible in their order: a reader that has
+    seen a number will never see a smaller one appear.
+    """
+
+    __tablename__ = "webhook_state"
+
+    id: int = Field(default=1, primary_key=True)
+    number: int = _count()
+    revision: int = _count()
+
+
+class WebhookSource(SQLModel, table=True):
+    """Where one provider posts its events. Its secrets are rows of ``WebhookSecret`` and values in the vault."""
+
+    __tablename__ = "webhook_sources"
+
+    id: str = Field(primary_key=True)
+    name: str = Field(unique=True)
+    provider: str
+    kind: str = ""
+    connection_id: str | None = Field(default=None, index=True)
+    register_at_provider: bool = False
+    tolerance_seconds: float | None = _time()
+    config: dict[str, Any] = _json(dict)
+    settings_version: int = 0
+    enabled: bool = True
+    created_by: str | None = None
+    created_at: float = _time(nullable=False)
+    updated_at: float = _time(nullable=False)
+
+
+class WebhookSubscription(SQLModel, table=True):
+    """Where events are delivered to, and which. While it is not active its deliveries are held, never dropped."""
+
+    __tablename__ = "webhook_subscriptions"
+
+    id: str = Field(primary_key=True)
+    url: str
+    description: str = ""
+    event_types: list[str] = _json(list)
+    source_id: str | None = None
+    filter: dict[str, list[Any]] = _json(dict)
+    active: bool = True
+    order_key: str | None = None
+    signature: str = "v1"
+    max_per_second: float | None = _time()
+    max_concurrent: int = 16
+    timeout_seconds: float = Field(default=15.0, sa_column=Column(Float(53), nullable=False))
+    failing_since: float | None = _time()
+    disabled_reason: str | None = None
+    created_by: str | None = None
+    created_at: float = _time(nullable=False)
+    updated_at: float = _time(nullable=False)
+
+
+class WebhookSecret(SQLModel, table=True):
+    """One live secret of a source or a subscription (``owner_id``); the value is in the vault, version 1."""
+
+    __tablename__ = "webhook_secrets"
+
+    id: str = Field(primary_key=True)
+    owner_id: str = Field(index=True)
+    origin: str = Field(description="given, generated, learned or rotated")
+    value_digest: str
+    created_by: str | None = None
+    created_at: float = _time(nullable=False)
+    expires_at: float | None = _time(index=True)
+    last_used_at: float | None = _time()
+
+
+class WebhookEvent(SQLModel, table=True):
+    """What a provider posted, byte for byte, or an event of the broker's own (``source_id`` is None).
+
+    ``number`` is given when the event is fanned out, in the order of commits; None while it waits for that, or for its
+    connection (``parked``). ``verdict``: what of it was proven. The body stands in ``body`` or, sealed, in ``sealed_body``:
+    the last columns, so that a list does not read them.
+    """
+
+    __tablename__ = "webhook_events"
+    __table_args__ = (
+        Index("ix_webhook_events_source", "source_id", "number"),
+        Index(
+            "ix_webhook_events_connection",
+            "connection_id",
+            "number",
+            sqlite_where=text("connection_id IS NOT NULL"),
+            postgresql_where=text("connection_id IS NOT NULL"),
+        ),
+        Index(
+            "ix_webhook_events_waiting",
+            "received_at",
+            sqlite_where=text("number IS NULL"),
+            postgresql_where=text("number IS NULL"),
+        ),
+    )
+
+    id: str = Field(primary_key=True)
+    number: int | None = Field(
+        default=None, sa_column=Column(BigInteger().with_variant(Integer(), "sqlite"), unique=True, nullable=True)
+    )
+    type: str
+    source_id: str | None = None
+    provider: str
+    connection_id: str | None = None
+    account_id: str | None = None
+    parked: bool = False
+    provider_event_id: str | None = None
+    verdict: dict[str, Any] = _json(dict)
+    received_at: float = _time(nullable=False)
+    content_type: str | None = None
+    headers: list[list[str]] = _json(list)
+    size: int = 0
+    sealed_body: bytes | None = _sealed()
+    body: bytes | None = Field(default=None, sa_column=Column(LargeBinary, nullable=True))
+
+
+class WebhookSeen(SQLModel, table=True):
+    """What tells that a delivery was there before: a signed id, or the digest of the signed bytes. One row each."""
+
+    __tablename__ = "webhook_seen"
+    __table_args__ = {"sqlite_with_rowid": False}
+
+    source_id: str = Field(primary_key=True)
+    digest: str = Field(primary_key=True)
+    event_id: str
+    expires_at: float = _time(nullable=False, index=True)
+
+
+class WebhookDelivery(SQLModel, table=True):
+    """One event for one subscription: a row of the leased queue.
+
+    ``state``: pending, delivering, retrying, delivered, dead. ``due_at`` is when it may be taken; taking moves it to the end
+    of the lease and sets ``claim``, and only the holder of that claim records an outcome. A delivery whose subscription is
+    not active is shown as ``held``. ``tries``: the attempts, newest last.
+    """
+
+    __tablename__ = "webhook_deliveries"
+    __table_args__ = (
+        Index(
+            "ix_webhook_deliveries_open",
+            "subscription_id",
+            "due_at",
+            "id",
+            sqlite_where=text("state NOT IN ('delivered', 'dead')"),
+            postgresql_where=text("state NOT IN ('delivered', 'dead')"),
+        ),
+        Index(
+            "ix_webhook_deliveries_ordered",
+            "subscription_id",
+            "order_key",
+            "number",
+            sqlite_where=text("order_key IS NOT NULL AND state NOT IN ('delivered', 'dead')"),
+            postgresql_where=text("order_key IS NOT NULL AND state NOT IN ('delivered', 'dead')"),
+        ),
+        Index(
+            "ix_webhook_deliveries_dead",
+            "subscription_id",
+            "id",
+            sqlite_where=text("state = 'dead'"),
+            postgresql_where=text("state = 'dead'"),
+        ),
+        Index("ix_webhook_deliveries_event", "event_id"),
+    )
+
+    id: str = Field(primary_key=True)
+    subscription_id: str
+    event_id: str
+    number: int = _count()
+    order_key: str | None = None
+    state: str = "pending"
+    due_at: float = _time(nullable=False)
+    claim: str | None = None
+    attempts: int = 0
+    replay: bool = False
+    reason: str | None = None
+    tries: list[dict[str, Any]] = _json(list)
+    created_at: float = _time(nullable=False)
+    ended_at: float | None = _time()
+
+
+class WebhookRejection(SQLModel, table=True):
+    """A request to a source that proved nothing, and the step that failed; a bounded log, nothing of the request is kept."""
+
+    __tablename__ = "webhook_rejections"
+    __table_args__ = (Index("ix_webhook_rejections_of", "source_id", "id"),)
+
+    id: int | None = Field(
+        default=None, sa_column=Column(BigInteger().with_variant(Integer(), "sqlite"), primary_key=True)
+    )
+    source_id: str
+    at: float = _time(nullable=False)
+    step: str
+    method: str
+    size: int = 0
+    address: str | None = None
+    count: int = 1
+
+
+class WebhookRegistration(SQLModel, table=True):
+    """A hook that the broker made at a provider with a connection's token, or is about to make or remove.
+
+    ``state``: wanted, active, failed, unwanted, gone. Several of a source are there while one lease overlaps the next.
+    """
+
+    __tablename__ = "webhook_registrations"
+
+    id: str = Field(primary_key=True)
+    source_id: str = Field(index=True)
+    connection_id: str = Field(index=True)
+    state: str = "wanted"
+    remote_id: str | None = None
+    detail: dict[str, Any] = _json(dict)
+    error: str | None = None
+    attempts: int = 0
+    due_at: float = _time(nullable=False, index=True)
+    claim: str | None = None
+    expires_at: float | None = _time()
+    created_at: float = _time(nullable=False)
+    checked_at: float | None = _time()

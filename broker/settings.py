@@ -107,6 +107,11 @@ class Settings(BaseSettings):
     return_to: CommaList = ()
     default_return_to: str | None = None
     egress_allow: Networks = ()
+    delivery_allow: Networks = ()
+    event_retention_days: Annotated[float, Field(ge=1, le=3650)] = 30
+    event_retention_count: Annotated[int, Field(ge=1_000, le=10**9)] = 1_000_000
+    webhook_most_bytes: Annotated[int, Field(ge=1024, le=256 * 1024**2)] = 26_214_400
+    webhooks_per_minute: Annotated[int, Field(ge=1, le=10**7)] = 60_000
     egress_ca_file: Path | None = None
     egress_resolve: CommaList = ()
     trusted_proxies: Networks = ()

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, cast
 import sqlalchemy as sa
 from sqlmodel import Session, SQLModel
 
-from broker.models import DeviceFlow, Flow, RefreshJournal, SealedSecret, SystemKey
+from broker.models import DeviceFlow, Flow, RefreshJournal, SealedSecret, SystemKey, WebhookEvent
 from broker.vault.floor import require_live_key
 from broker.vault.keyring import Sealer, envelope_prefix
 from broker.vault.system_keys import owner_of
@@ -135,6 +135,7 @@ PLACES: tuple[Place, ...] = (
         "sealed_answer",
         lambda row: (f"connections/{row.connection_id}", "journal", row.fence),
     ),
+    Place(_table(WebhookEvent), "sealed_body", lambda row: (row.id, "event", 1)),
     Place(
         _SYSTEM_KEYS,
         "sealed_key",

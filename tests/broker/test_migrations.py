@@ -89,7 +89,7 @@ async def test_an_empty_database_has_no_revision_until_it_is_migrated(empty_data
     async with opened(empty_database_url, migrate=False) as database:
         assert await database.schema_revision() is None
         await database.migrate()
-        assert await database.schema_revision() == head_revision() == "0004"
+        assert await database.schema_revision() == head_revision() == "0005"
 
 
 async def test_a_second_migration_changes_nothing_and_keeps_the_data(database: Database) -> None:
