@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import sqlalchemy as sa
 import structlog
@@ -56,7 +57,8 @@ class Upkeep:
         ends_at = sa.func.coalesce(Connection.token_expires_at, 0.0)
 
         def work(session: Session) -> list[Connection]:
-            query = select(Connection).where(col(Connection.integration) == integration, *self._due(now(session), idle))
+            mine = _unindexed(Connection.integration) == integration
+            query = select(Connection).where(mine, *self._due(now(session), idle))
             if after is not None:
                 query = query.where(sa.tuple_(ends_at, col(Connection.id)) > after)
             return list(session.exec(query.order_by(ends_at, col(Connection.id)).limit(limit)))
@@ -90,7 +92,7 @@ class Upkeep:
     def _due(self, at: float, idle: bool) -> list[sa.ColumnElement[bool]]:  # noqa: FBT001 - which of two kinds
         waits = col(Connection.refresh_not_before_at)
         return [
-            col(Connection.status) == "active",
+            _unindexed(Connection.status) == "active",
             col(Connection.refreshable).is_(True),
             col(Connection.deleted_at).is_(None),
             waits.is_(None) | (waits < at),
@@ -179,6 +181,14 @@ class Upkeep:
                     await self._vault.destroy(owner)
                     return True
         return False
+
+
+def _unindexed(column: Any) -> sa.ColumnElement[str]:  # noqa: ANN401 - a model's attribute
+    """Return a column of text as SQLite finds no rows by: it takes any equality for choosier than a range of times.
+
+    Without this the worker walked over every active connection every two seconds: 0.2 s for 100,000, on the event loop.
+    """
+    return sa.func.coalesce(column, "")
 
 
 def _since() -> sa.ColumnElement[float]:

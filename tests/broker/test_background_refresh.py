@@ -5,17 +5,19 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 from hypothesis import given
 from hypothesis import strategies as st
 
 from broker.app import Parts
 from broker.background_refresh import BackgroundRefresh
 from broker.credentials import secret_owner
-from broker.database import now
+from broker.database import SqliteDatabase, now
 from broker.imports import Import
 from broker.integrations import Draft
 from broker.policy import Principal
@@ -258,3 +260,25 @@ def test_law_of_lanes(history: list[tuple[bool, float | None, float, float]]) ->
             assert lane.rest_until <= max(before.rest_until, at)
         if failed and pause is not None:
             assert lane.rest_until >= at + pause
+
+
+async def test_what_is_due_is_found_by_the_end_of_its_token_not_by_walking_over_all_connections(parts: Parts) -> None:
+    statements: list[tuple[str, Any]] = []
+    database = parts.database
+    assert isinstance(database, SqliteDatabase)
+
+    def note(_connection: object, _cursor: object, statement: str, values: object, *_: object) -> None:
+        statements.append((statement, values))
+
+    sa.event.listen(database._reader, "before_cursor_execute", note)
+    await parts.credentials.backlog()
+    await parts.credentials.due("good", idle=False, limit=5)
+    asked = [one for one in statements if "FROM connections" in one[0]]
+    assert len(asked) == 2
+    for statement, values in asked:
+        plan = await database.query(partial(_plan_of, statement=statement, values=values))
+        assert any("ix_connections_token_expires_at" in step for step in plan), plan
+
+
+def _plan_of(connection: sa.Connection, statement: str, values: Any) -> list[str]:
+    return list(connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", values).scalars(3))

@@ -928,3 +928,26 @@ async def test_a_burst_of_queries_waits_in_the_readers_line_and_none_fails(postg
     finally:
         await database.aclose()
     assert found == [1] * 100
+
+
+async def test_a_query_that_fails_takes_nothing_from_the_next_one(database: Database) -> None:
+    def wrong(connection: sa.Connection) -> None:
+        connection.exec_driver_sql("SELECT no_such_column FROM flows")
+
+    for _ in range(3):
+        with pytest.raises((InternalError, DatabaseUnavailable)):
+            await database.query(wrong)
+        assert await database.query(lambda one: one.execute(sa.text("SELECT 1")).scalar_one()) == 1
+
+
+async def test_a_query_leaves_no_transaction_behind_that_would_hide_later_commits(database: Database) -> None:
+    def count(connection: sa.Connection) -> int:
+        return int(connection.execute(sa.text("SELECT count(*) FROM sessions")).scalar_one())
+
+    insert = sa.text(
+        "INSERT INTO sessions (id, token_digest, caller_id, subject, variables, tags, created_at, expires_at) "
+        "VALUES (:id, '', '', '', '{}', '{}', 1, 1)"
+    )
+    for number in range(3):
+        assert await database.query(count) == number
+        await database.transaction(lambda session, number=number: session.execute(insert, {"id": f"ses_{number}"}))  # type: ignore[misc]
