@@ -31,14 +31,19 @@ import broker.api.activity
 import broker.api.audit
 import broker.api.callers
 import broker.api.connections
+import broker.api.deliveries
 import broker.api.device_flows
+import broker.api.events
 import broker.api.integrations
 import broker.api.keys
 import broker.api.providers
 import broker.api.revocations
 import broker.api.sessions
 import broker.api.subjects
+import broker.api.subscriptions
 import broker.api.token_exchange
+import broker.api.webhook_keys
+import broker.api.webhook_sources
 import broker.callers.routes
 import broker.oauth.routes
 import broker.web.routes
@@ -100,7 +105,8 @@ from broker.vault.cache import CachedVault
 from broker.vault.keyring import Sealer, Wrapping, open_sealer
 from broker.vault.system_keys import SystemKeys
 from broker.web.pages import Pages
-from broker.worker import Worker
+from broker.webhooks.opening import Given, WebhookParts, open_webhooks
+from broker.worker import Job, Worker
 from providers import load_catalog
 from providers.spec import Secret
 
@@ -143,6 +149,7 @@ class Parts:
     rotations: Rotations
     canaries: Canaries
     revocations: Revocations
+    webhooks: WebhookParts
     proxy: ProxyParts | None = None  # where this process serves it
 
 
@@ -176,9 +183,10 @@ async def open_parts(settings: Settings, *, confirm_seconds: float = CONFIRM_SEC
         replicas.watch(callers.row_keys)
         of_keys = (sealer, vault, keyring, replicas, root_keys)
         of_all = (settings, database, audit, egress, counters)
-        parts = _assembled(of_all, of_keys, callers, confirm_seconds)
-        stack.push_async_callback(parts.integrations.aclose)
-        stack.push_async_callback(parts.credentials.aclose)
+        of_credentials = await stack.enter_async_context(_credential_parts(of_all, of_keys, confirm_seconds))
+        given = Given(*of_all, sealer, vault, callers.callers, *of_credentials, root_keys["webhook-signing"])
+        webhooks = await stack.enter_async_context(open_webhooks(given))
+        parts = _assembled(of_all, of_keys, callers, of_credentials, webhooks)
         stack.push_async_callback(parts.connections.aclose)
         if settings.admin_key is not None:
             await callers.callers.ensure_admin(Secret(settings.admin_key.reveal()))
@@ -220,13 +228,12 @@ def _assembled(
     of_all: tuple[Settings, Database, Audit, Egress, Metrics],
     of_keys: tuple[Sealer, CachedVault, Wrapping, Replicas, dict[str, SystemKeys]],
     of_callers: CallerParts,
-    confirm_seconds: float,
+    of_credentials: tuple[Integrations, Credentials],
+    webhooks: WebhookParts,
 ) -> Parts:
     settings, database, audit, egress, metrics = of_all
     sealer, vault, wrapping, replicas, root_keys = of_keys
-    integrations = Integrations(database, vault, egress, audit, load_catalog(), settings)
-    of_credentials = (database, vault, sealer, egress, integrations, audit, metrics)
-    credentials = Credentials(*of_credentials, confirm_seconds=confirm_seconds)
+    integrations, credentials = of_credentials
     callers = of_callers.callers
     confirmations = Confirmations(database, vault, credentials, audit, callers.standing)
     of_flows = (database, vault, sealer, egress, integrations, confirmations, audit, settings, metrics)
@@ -255,7 +262,26 @@ def _assembled(
         rotations=_rotations(database, audit, sealer, wrapping, root_keys),
         canaries=Canaries(database, integrations, credentials, egress),
         revocations=_revocations(settings, database, credentials, audit, vault),
+        webhooks=webhooks,
     )
+
+
+@contextlib.asynccontextmanager
+async def _credential_parts(
+    of_all: tuple[Settings, Database, Audit, Egress, Metrics],
+    of_keys: tuple[Sealer, CachedVault, Wrapping, Replicas, dict[str, SystemKeys]],
+    confirm_seconds: float,
+) -> AsyncIterator[tuple[Integrations, Credentials]]:
+    """Open what holds configured providers and credentials; at the end refreshes finish and leases go back."""
+    (settings, database, audit, egress, metrics), (sealer, vault, *_) = of_all, of_keys
+    integrations = Integrations(database, vault, egress, audit, load_catalog(), settings)
+    of_credentials = (database, vault, sealer, egress, integrations, audit, metrics)
+    credentials = Credentials(*of_credentials, confirm_seconds=confirm_seconds)
+    try:
+        yield integrations, credentials
+    finally:
+        await credentials.aclose()
+        await integrations.aclose()
 
 
 def _revocations(
@@ -275,6 +301,7 @@ def create_app(parts: Parts) -> ASGIApp:
     groups = parts.settings.routes
     if "public" in groups:
         handlers += [broker.oauth.routes.routes(), broker.web.routes.routes(), broker.callers.routes.routes()]
+        handlers.append(broker.api.webhook_keys.routes())
     if "private" in groups:
         handlers += [_private_routes(parts), broker.api.token_exchange.routes()]
     if "admin" in groups:
@@ -283,6 +310,7 @@ def create_app(parts: Parts) -> ASGIApp:
         handlers,
         dependencies={
             **{name: Provide(_giver(getattr(parts, name))) for name in _NAMES},
+            **{name: Provide(_giver(getattr(parts.webhooks, name))) for name in _OF_WEBHOOKS},
             "done_page": Provide(_giver(_done_page(parts.pages))),
             "activity": Provide(_giver(parts.proxy.activity if parts.proxy is not None else None)),
         },
@@ -298,6 +326,7 @@ def create_app(parts: Parts) -> ASGIApp:
     )
     served: Any = ExpressLane(app, parts.callers)
     served = served if parts.proxy is None else parts.proxy.before(served)
+    served = parts.webhooks.taking_in.before(served) if "public" in groups else served
     return Edge(served, parts.metrics)
 
 
@@ -305,6 +334,8 @@ _NAMES = (
     *("settings", "database", "audit", "egress", "callers", "integrations", "sessions", "rotations"),
     *("credentials", "confirmations", "flows", "device_flows", "connections", "limiter", "pages", "revocations"),
 )
+
+_OF_WEBHOOKS = ("sources", "subscriptions", "signing_keys", "history", "replaying", "event_feed")
 
 
 def _giver(part: Any) -> Callable[[], Any]:  # noqa: ANN401 - any part
@@ -327,6 +358,10 @@ def _private_routes(parts: Parts) -> Router:
         broker.api.keys,
         broker.api.revocations,
         broker.api.subjects,
+        broker.api.webhook_sources,
+        broker.api.subscriptions,
+        broker.api.events,
+        broker.api.deliveries,
     )
     return Router(
         path="/v1",
@@ -543,6 +578,7 @@ class Served:
         if self._with_worker:
             await self._stack.enter_async_context(running_worker(parts))
         _on_signal(parts.credentials.stop_waiting)
+        _on_signal(parts.webhooks.event_feed.stop)
         self._app = create_app(parts)
         gc.collect()
         gc.freeze()  # a full collection costs 50 ms here; what start-up made lives as long as the process
@@ -578,7 +614,7 @@ def new_worker(parts: Parts) -> Worker:
     refreshing = BackgroundRefresh(
         parts.credentials, parts.metrics, per_minute=parts.settings.background_refreshes_per_minute
     )
-    more = (
+    more: Sequence[Job] = (
         (1.0, parts.rotations.move),
         (60.0, parts.rotations.retire_due),
         (1.0, parts.canaries.run_due),
@@ -586,6 +622,7 @@ def new_worker(parts: Parts) -> Worker:
         (60.0, parts.caller_upkeep.warn),
         (60.0, parts.caller_upkeep.undo_put_back),
         (60.0, functools.partial(sweep_activity, parts.database)),
+        *parts.webhooks.jobs,
     )
     return Worker(
         parts.database, parts.credentials, parts.confirmations, parts.device_flows, refreshing, parts.audit, more
@@ -598,7 +635,8 @@ async def running_worker(parts: Parts) -> AsyncIterator[Worker]:
     worker = new_worker(parts)
     task = asyncio.create_task(worker.run())
     try:
-        yield worker
+        async with parts.webhooks.delivery.running():
+            yield worker
     finally:
         worker.stop()
         await task

@@ -19,6 +19,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlmodel import Session, col, select
 
 from broker import policy
+from broker.announcing import announce_connection
 from broker.audit import Audit, Entry
 from broker.credentials import Credentials, Handout, LeaseLost, Revoked, require_lease, secret_owner
 from broker.credentials.freezes import active_freezes, hold, require_not_ending
@@ -357,7 +358,7 @@ class Connections:
                 **fields,
             )
             session.add(row)
-            session.flush()
+            announce_connection(session, "created", row)
             frozen = hold(session, row, freezes)
             imported = _entry("connection.imported", row, principal, type=checked.value["type"])
             self._audit.append(session, imported, *frozen)
@@ -398,8 +399,8 @@ class Connections:
                     raise Conflict("the connection was revoked meanwhile; try again later")
                 for name, value in _replaced(row, wanted, fields, version).items():
                     setattr(row, name, value)
-                row.token_expires_at = _ends_at(session, checked)
-                session.flush()
+                row.token_expires_at, row.granted_at = _ends_at(session, checked), now(session)
+                announce_connection(session, "confirmed", row)
                 frozen = hold(session, row, freezes)
                 self._audit.append(session, _entry("connection.imported", row, principal, replaced=True), *frozen)
                 return row
@@ -445,6 +446,7 @@ class Connections:
         """
         row, _ = await self._row(connection_id)
         policy.require(principal, "manage", target_of(row))
+        await self._credentials.before_the_end(row)  # while an ended token can still be refreshed for it
 
         def work(session: Session) -> None:
             gone = (
@@ -454,6 +456,8 @@ class Connections:
             )
             if session.execute(gone).rowcount != 1:  # type: ignore[attr-defined]
                 raise NotFound
+            gone_row = session.get(Connection, connection_id)  # as it was in the end: a confirm may have been faster
+            announce_connection(session, "deleted", gone_row or row)
             by = {"session_id": session_id} if session_id is not None else {}
             self._audit.append(session, _entry("connection.deleted", row, principal, revoke=revoke, **by))
 

@@ -193,7 +193,8 @@ class Connection(SQLModel, table=True):
     """One account at one provider for one subject; the credential is in the vault at ``secret_version``.
 
     ``status``: pending, active, reauthorization_required, frozen, revoked, error. A row with ``deleted_at`` is gone for
-    everybody; it stays only until revocation and the destruction of its secret are done.
+    everybody; it stays only until revocation and the destruction of its secret are done. ``granted_at``: when the credential
+    that it has was granted or imported, where that was not when it was created.
     """
 
     __tablename__ = "connections"
@@ -224,6 +225,7 @@ class Connection(SQLModel, table=True):
         Index("ix_connections_integration", "integration", "created_at", "id"),
         Index("ix_connections_subject", "subject", "created_at", "id"),
         Index("ix_connections_status", "status", "created_at", "id"),
+        Index("ix_connections_account", "provider", "account_id"),  # a webhook names nothing but these
     )
 
     id: str = Field(primary_key=True)
@@ -256,6 +258,7 @@ class Connection(SQLModel, table=True):
     flow_id: str | None = None
     created_by: str | None = None
     created_at: float = _time(nullable=False)
+    granted_at: float | None = _time()
     pending_until: float | None = _time(index=True)
     revoke_on_delete: bool = True
     deleted_at: float | None = _time()
@@ -740,6 +743,7 @@ class WebhookEvent(SQLModel, table=True):
         ),
         Index(
             "ix_webhook_events_waiting",
+            "parked",
             "received_at",
             sqlite_where=text("number IS NULL"),
             postgresql_where=text("number IS NULL"),

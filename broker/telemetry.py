@@ -377,6 +377,15 @@ class Metrics:
     caller_rows_forged: Counter
     caller_key_end: Gauge
     rate_store_failures: Counter
+    webhook_attempts: Counter
+    webhook_attempt_seconds: Histogram
+    webhook_first_attempt_seconds: Histogram
+    webhook_requests: Counter
+    webhook_rejects: Counter
+    webhook_ack_seconds: Histogram
+    webhook_deliveries: Gauge
+    webhook_events_waiting: Gauge
+    webhook_oldest_seconds: Gauge
     _known: dict[tuple[str, ...], Any] = field(default_factory=dict, repr=False)  # finding a label's child costs 2 µs
 
     def http_request(self, route: str, method: str, status: int, seconds: float) -> None:
@@ -422,6 +431,40 @@ class Metrics:
         """Count a question about a shared rate that Redis did not answer."""
         self.rate_store_failures.inc()
 
+    def webhook_request(self, source_id: str, outcome: str) -> None:
+        """Count a request to a webhook source that there is: ``stored``, ``duplicate``, ``handshake`` or an error's code."""
+        known = self._known.get((source_id, outcome))
+        if known is None:
+            known = self._known[source_id, outcome] = self.webhook_requests.labels(source_id, outcome)
+        known.inc()
+
+    def webhook_rejected(self, source_id: str, step: str) -> None:
+        """Count a request that proved nothing, by the step that failed."""
+        self.webhook_rejects.labels(source_id, step).inc()
+
+    def webhook_acknowledged(self, seconds: float) -> None:
+        """Note how long it took from an event's head to its acknowledgement, which comes after the commit."""
+        self.webhook_ack_seconds.observe(seconds)
+
+    def webhook_backlog(
+        self, deliveries: Mapping[str, int], *, waiting: int, parked: int, oldest_seconds: float
+    ) -> None:
+        """Show what waits in the queue by state (``open``, ``held``, ``dead``), and events that nobody was told of yet."""
+        for state, count in deliveries.items():
+            self.webhook_deliveries.labels(state).set(count)
+        self.webhook_events_waiting.labels("waiting").set(waiting)
+        self.webhook_events_waiting.labels("parked").set(parked)
+        self.webhook_oldest_seconds.set(oldest_seconds)
+
+    def webhook_attempt(self, outcome: str, seconds: float) -> None:
+        """Count an attempt at a delivery by what the delivery is after it, and how long it took."""
+        self.webhook_attempts.labels(outcome).inc()
+        self.webhook_attempt_seconds.observe(seconds)
+
+    def webhook_first_attempt(self, seconds: float) -> None:
+        """Note how long after its event was committed a delivery was tried first."""
+        self.webhook_first_attempt_seconds.observe(seconds)
+
     def caller_key_ends(self, ends_at: float | None) -> None:
         """Show when the next live caller key ends, seconds since 1970; infinity for never."""
         self.caller_key_end.set(math.inf if ends_at is None else ends_at)
@@ -454,10 +497,44 @@ def new_metrics(registry: CollectorRegistry | None = None) -> Metrics:
         flows=counter("flows", "Browser flows by how they ended", ("provider", "outcome")),
         caller_rows_forged=counter("caller_rows_forged", "Looks at a caller's row that the broker did not write"),
         rate_store_failures=counter("rate_store_failures", "Questions about shared rates that Redis did not answer"),
+        **_webhook_metrics(registry),
         caller_key_end=gauge(
             "caller_key_end_timestamp_seconds", "When the next live caller key ends, as the worker saw"
         ),
     )
+
+
+def _webhook_metrics(registry: CollectorRegistry) -> dict[str, Any]:
+    counter = functools.partial(Counter, namespace="broker", registry=registry)
+    gauge = functools.partial(Gauge, namespace="broker", registry=registry)
+    histogram = functools.partial(Histogram, namespace="broker", registry=registry)
+    return {
+        "webhook_requests": counter(
+            "webhook_requests", "Requests to webhook sources by outcome", ("source", "outcome")
+        ),
+        "webhook_rejects": counter(
+            "webhook_rejects", "Requests to webhook sources that proved nothing", ("source", "step")
+        ),
+        "webhook_ack_seconds": histogram(
+            "webhook_ack_seconds",
+            "Time from an event's head to its acknowledgement, after the commit",
+            buckets=BUCKETS_SECONDS,
+        ),
+        "webhook_deliveries": gauge("webhook_deliveries", "Deliveries that wait or were given up", ("state",)),
+        "webhook_events_waiting": gauge("webhook_events_waiting", "Events that nobody was told of yet", ("why",)),
+        "webhook_oldest_seconds": gauge(
+            "webhook_oldest_undelivered_seconds", "How long ago the oldest open delivery was made, 0 without one"
+        ),
+        "webhook_attempts": counter("webhook_attempts", "Attempts at deliveries by what became of them", ("outcome",)),
+        "webhook_attempt_seconds": histogram(
+            "webhook_attempt_seconds", "How long an attempt at a delivery took", buckets=BUCKETS_SECONDS
+        ),
+        "webhook_first_attempt_seconds": histogram(
+            "webhook_first_attempt_seconds",
+            "From the commit of an event to the first attempt at a delivery of it",
+            buckets=(*BUCKETS_SECONDS, 60.0, 300.0, 3600.0),
+        ),
+    }
 
 
 def render(metrics: Metrics) -> bytes:

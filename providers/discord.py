@@ -12,10 +12,12 @@ from providers.oidc import proof
 from providers.signing import scheme
 from providers.spec import (
     Account,
+    AccountIn,
     ApiKey,
     Credential,
     Dialogue,
     Header,
+    Lifecycle,
     Member,
     OAuth2,
     Outgoing,
@@ -98,6 +100,15 @@ PROVIDER = Provider(
                     {Member("/type"): "1", Member("/event/type"): None}, Reply(200, JSON, b'{"type":1}')
                 ),  # of interactions
             ),
+            account=(AccountIn((Member("/event/data/user/id"),)),),
+            lifecycle={
+                "APPLICATION_DEAUTHORIZED": Lifecycle(
+                    "revoked",
+                    (AccountIn((Member("/event/data/user/id"),)),),
+                    client=Member("/application_id"),
+                    at=Member("/event/timestamp"),
+                )
+            },
             help="Developer Portal, General Information: the public key",
         )
     },

@@ -13,9 +13,11 @@ from providers.handshakes import echoed_parameter
 from providers.oidc import proof
 from providers.spec import (
     Account,
+    AccountIn,
     Credential,
     Dialogue,
     Incoming,
+    Member,
     OAuth2,
     Outgoing,
     Provider,
@@ -129,6 +131,7 @@ PROVIDER = Provider(
             repeats=True,  # it names accounts, and not what happened
             acknowledgement=Reply(200),
             handshakes=(echoed_parameter("challenge"),),
+            account=(AccountIn((Member("/list_folder/accounts/*"),)),),
             help="The app's secret",
         )
     },

@@ -12,6 +12,7 @@ from typing import Any
 from providers.handshakes import subscription_challenge
 from providers.spec import (
     Account,
+    AccountIn,
     ApiKey,
     Credential,
     Dialogue,
@@ -110,6 +111,7 @@ PROVIDER = Provider(
             settings=(
                 Setting("verify_token", "The text under Verify token in the app's webhook settings", secret=True),
             ),
+            account=(AccountIn((Member("/entry/*/id"),)),),
             help="The app's secret",
         )
     },

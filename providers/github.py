@@ -5,7 +5,8 @@ https://docs.github.com/en/apps/creating-github-apps/authenticating-with-a-githu
 https://docs.github.com/en/apps/oauth-apps/building-oauth-apps/scopes-for-oauth-apps,
 https://docs.github.com/en/rest/apps/oauth-applications,
 https://docs.github.com/en/apps/creating-github-apps/authenticating-with-a-github-app/generating-a-json-web-token-jwt-for-a-github-app,
-https://docs.github.com/en/rest/apps/apps#create-an-installation-access-token-for-an-app.
+https://docs.github.com/en/rest/apps/apps#create-an-installation-access-token-for-an-app,
+https://docs.github.com/en/rest/repos/webhooks, https://docs.github.com/en/rest/orgs/webhooks.
 """
 
 import base64
@@ -16,12 +17,26 @@ from urllib.parse import quote
 
 from providers.client_auth import holds_private_key, signed_jwt
 from providers.minting import require_private_key, require_text
+from providers.registering import (
+    EVENTS,
+    exactly_one,
+    json_request,
+    object_of,
+    objects_of,
+    require_status,
+    wanted_events,
+)
 from providers.spec import (
     Account,
+    AccountIn,
     ApiKey,
     Credential,
     Dialogue,
     Header,
+    HookRefused,
+    HookWanted,
+    Incoming,
+    Lifecycle,
     Member,
     Minter,
     Minting,
@@ -32,7 +47,10 @@ from providers.spec import (
     ProviderAnswerError,
     RateHeaders,
     Refresh,
+    Registered,
+    Registration,
     Revocation,
+    Setting,
     Webhook,
 )
 from providers.verifying import hmac_signature
@@ -142,6 +160,93 @@ def installation_of(material: Mapping[str, str]) -> Account:
     return Account(f"installation:{material['installation_id']}")
 
 
+# Hooks of repositories and organisations.
+
+HOOKS_A_PAGE = 100
+HOOK_PAGES = 3
+
+
+def create_hook(hook: HookWanted) -> Dialogue[Registered]:
+    """Make the hook, or make the one with this address what it should be: GitHub refuses a second one with the same events."""
+    found = yield from _hook_at(hook)
+    if found is None:
+        answer = yield json_request("POST", _hooks(hook), {"name": "web", **_hook_body(hook)}, HEADERS)
+    else:
+        answer = yield json_request("PATCH", f"{_hooks(hook)}/{found}", _hook_body(hook), HEADERS)
+    _require_hooks(answer, 200, 201)
+    return Registered(_hook_id(object_of(answer)))
+
+
+def check_hook(hook: HookWanted, registered: Registered) -> Dialogue[bool]:
+    """Whether the hook is there, active, and posts the wanted events to this address as JSON. Its secret is not shown."""
+    answer = yield Outgoing("GET", f"{_hooks(hook)}/{quote(registered.remote_id, safe='')}", HEADERS)
+    _require_hooks(answer, 200, 404)
+    if answer.status == 404:
+        return False
+    found = object_of(answer)
+    config = found.get("config")
+    as_made = isinstance(config, dict) and (config.get("url"), config.get("content_type")) == (hook.url, "json")
+    events = found.get("events")
+    chosen = isinstance(events, list) and {str(one) for one in events} == set(wanted_events(hook.settings))
+    return as_made and chosen and found.get("active") is True
+
+
+def remove_hook(hook: HookWanted, registered: Registered | None) -> Dialogue[None]:
+    """Delete the hook. One that is not there is fine, and so is a repository that this token does not see any more."""
+    found = registered.remote_id if registered is not None else (yield from _hook_at(hook))
+    if found is not None:
+        answer = yield Outgoing("DELETE", f"{_hooks(hook)}/{quote(found, safe='')}", HEADERS)
+        _require_hooks(answer, 204, 404)
+
+
+def _hook_at(hook: HookWanted) -> Dialogue[str | None]:
+    """Return the id of the hook with this address, None where the first pages have none."""
+    for page in range(1, HOOK_PAGES + 1):
+        answer = yield Outgoing("GET", f"{_hooks(hook)}?per_page={HOOKS_A_PAGE}&page={page}", HEADERS)
+        _require_hooks(answer, 200)
+        found = objects_of(answer.json())
+        for one in found:
+            config = one.get("config")
+            if isinstance(config, dict) and config.get("url") == hook.url and _hook_id(one) not in hook.keep:
+                return _hook_id(one)
+        if len(found) < HOOKS_A_PAGE:
+            return None
+    return None
+
+
+def _hooks(hook: HookWanted) -> str:
+    where = exactly_one(hook.settings, "repository", "organisation")
+    return f"{hook.base_url}/{'repos' if where == 'repository' else 'orgs'}/{hook.settings[where]}/hooks"
+
+
+def _hook_body(hook: HookWanted) -> dict[str, Any]:
+    config = {"url": hook.url, "content_type": "json", "insecure_ssl": "0"}
+    config.update({"secret": hook.secret.reveal()} if hook.secret is not None else {})
+    return {"active": True, "events": wanted_events(hook.settings), "config": config}
+
+
+def _hook_id(found: Mapping[str, Any]) -> str:
+    number = found.get("id")
+    if not isinstance(number, int) or isinstance(number, bool):
+        raise ProviderAnswerError("a hook has no id")
+    return str(number)
+
+
+def _require_hooks(answer: Incoming, *statuses: int) -> None:
+    """As ``require_status``; GitHub says 404 too where the token lacks the scope, and 403 where there were too many calls."""
+    if answer.status in statuses and answer.status != 404:
+        return
+    accepted, granted = (
+        {one.strip() for one in answer.headers.get(name, "").split(",")} - {""}
+        for name in ("x-accepted-oauth-scopes", "x-oauth-scopes")
+    )
+    if answer.status == 404 and "x-oauth-scopes" in answer.headers and accepted and not accepted & granted:
+        raise HookRefused("permission_missing")
+    if answer.status == 403 and ("retry-after" in answer.headers or answer.headers.get("x-ratelimit-remaining") == "0"):
+        raise HookRefused("rate_limited")
+    require_status(answer, *statuses)
+
+
 def _api(credential: Credential) -> str:
     return credential.hosts[""].rstrip("/")
 
@@ -220,7 +325,37 @@ PROVIDER = Provider(
             event=(Header("x-github-event"),),
             action=Member("/action"),
             delivery_id=Header("x-github-delivery"),
+            account=(AccountIn((Member("/installation/id"),), "installation:{}"),),
+            lifecycle={
+                # Other events have an installation too, of which they say no more than its id.
+                "installation.deleted": Lifecycle(
+                    "reauthorization_required",
+                    (AccountIn((Member("/installation/id"),), "installation:{}"),),
+                    needs=(Member("/installation/app_id"),),
+                ),
+                "github_app_authorization.revoked": Lifecycle(
+                    "reauthorization_required", (AccountIn((Member("/sender/id"),)),)
+                ),
+            },
             help="The webhook's or the app's secret",
+            registration=Registration(
+                create_hook,
+                remove_hook,
+                check_hook,
+                settings=(
+                    Setting(
+                        "repository",
+                        "owner/name",
+                        r"[A-Za-z0-9-]{1,39}/(?!\.{1,2}$)[A-Za-z0-9._-]{1,100}",
+                        needed=False,
+                    ),
+                    Setting("organisation", "The organisation's login", r"[A-Za-z0-9-]{1,39}", needed=False),
+                    Setting("events", "With commas between; * are all, which is the default", EVENTS, needed=False),
+                ),
+                docs_url="https://docs.github.com/en/rest/repos/webhooks",
+                help="Scope admin:repo_hook (or repo), for an organisation admin:org_hook; in a GitHub App: Webhooks, write",
+                check_settings=lambda settings: exactly_one(settings, "repository", "organisation"),
+            ),
         )
     },
 )

@@ -121,7 +121,7 @@ def learned_secret(place: Place, *, echo: bool = False) -> Handshake:
         headers = {place.name: text} if echo and isinstance(place, Header) else {}
         return Reply(200, headers, learned=Secret(text))
 
-    return Handshake(answer, signed=False)
+    return Handshake(answer, signed=False, learns=True)
 
 
 def ping(when: Mapping[Place, str | None], reply: Reply) -> Handshake:

@@ -14,6 +14,7 @@ from urllib.parse import urlencode
 from providers.oidc import proof
 from providers.spec import (
     Account,
+    AccountIn,
     ApiKey,
     Credential,
     Dialogue,
@@ -29,6 +30,8 @@ from providers.spec import (
     Webhook,
 )
 from providers.verifying import SECONDS, hash_after_secret, hmac_signature
+
+PORTAL = AccountIn((Member("/*/portalId"),))
 
 
 def parse_token(answer: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -100,6 +103,7 @@ PROVIDER = Provider(
             ),
             "https://developers.hubspot.com/docs/apps/developer-platform/build-apps/authentication/request-validation",
             event=(Member("/*/subscriptionType"),),
+            account=(PORTAL,),
             help="The app's client secret",
         ),
         # The older ones are a plain hash and no keyed one, and have no time: for apps that get nothing better.
@@ -107,12 +111,14 @@ PROVIDER = Provider(
             hash_after_secret("x-hubspot-signature"),
             "https://developers.hubspot.com/docs/apps/legacy-apps/authentication/validating-requests",
             event=(Member("/*/subscriptionType"),),
+            account=(PORTAL,),
             help="The app's client secret",
         ),
         "v2": Webhook(
             hash_after_secret("x-hubspot-signature", signed="{method}{url}{body}"),
             "https://developers.hubspot.com/docs/apps/legacy-apps/authentication/validating-requests",
             event=(Member("/*/subscriptionType"),),
+            account=(PORTAL,),
             help="The app's client secret",
         ),
     },

@@ -10,6 +10,7 @@ from typing import Any
 
 from providers.spec import (
     Account,
+    AccountIn,
     ApiKey,
     Credential,
     Dialogue,
@@ -93,6 +94,7 @@ PROVIDER = Provider(
             event=(Member("/topic"),),
             delivery_id=Member("/id"),
             acknowledgement=Reply(200),
+            account=(AccountIn((Member("/app_id"),), "{}:*"),),  # the workspace; which admin it was, no event says
             help="The app's client secret",
         )
     },

@@ -11,6 +11,7 @@ from providers.minting import client_credentials
 from providers.signing import bare
 from providers.spec import (
     Account,
+    AccountIn,
     ApiKey,
     Credential,
     Dialogue,
@@ -99,6 +100,9 @@ PROVIDER = Provider(
             action=Member("/action"),
             delivery_id=Header("linear-delivery"),
             acknowledgement=Reply(200),
+            account=(
+                AccountIn((Member("/appUserId"),)),
+            ),  # of an app that acts as itself; else the organisation is named alone
             help="The webhook's signing secret, lin_wh_…",
         )
     },

@@ -20,10 +20,13 @@ from providers.minting import client_credentials
 from providers.signing import header
 from providers.spec import (
     Account,
+    AccountIn,
     ApiKey,
     Credential,
     Dialogue,
     Header,
+    Lifecycle,
+    Member,
     OAuth2,
     Outgoing,
     Provider,
@@ -134,6 +137,15 @@ PROVIDER = Provider(
             delivery_id=Header("x-shopify-webhook-id"),
             acknowledgement=Reply(200),
             repeats=True,
+            # No ``account``: a body names its order or product; the shop is a field, by a name that is no account's id.
+            lifecycle={
+                "app.uninstalled": Lifecycle(
+                    "reauthorization_required",
+                    (AccountIn((Member("/id"),)),),  # the body is the shop
+                    needs=(Member("/myshopify_domain"),),
+                    at=Header("x-shopify-triggered-at"),
+                )
+            },
             help="The app's client secret",
         )
     },

@@ -12,11 +12,13 @@ from typing import Any
 from providers.handshakes import echoed_member
 from providers.spec import (
     Account,
+    AccountIn,
     ApiKey,
     Credential,
     Dialogue,
     Header,
     Incoming,
+    Lifecycle,
     Member,
     OAuth2,
     Outgoing,
@@ -136,6 +138,20 @@ PROVIDER = Provider(
             delivery_id=Member("/event_id"),
             acknowledgement=Reply(200),  # what a body says would be shown to whoever sent a command
             handshakes=(echoed_member(Member("/challenge"), {Member("/type"): "url_verification"}),),
+            account=(AccountIn((Member("/authorizations/*/team_id"), Member("/authorizations/*/user_id")), "{}/{}"),),
+            lifecycle={
+                "app_uninstalled": Lifecycle(
+                    "revoked", (AccountIn((Member("/team_id"),), "{}/*"),), at=Member("/event_time")
+                ),
+                "tokens_revoked": Lifecycle(  # users by their tokens, the app's bot by its own user
+                    "revoked",
+                    (
+                        AccountIn((Member("/team_id"), Member("/event/tokens/oauth/*")), "{}/{}"),
+                        AccountIn((Member("/team_id"), Member("/event/tokens/bot/*")), "{}/{}"),
+                    ),
+                    at=Member("/event_time"),
+                ),
+            },
             help="Basic Information, App Credentials: the signing secret",
         )
     },

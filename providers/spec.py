@@ -548,12 +548,14 @@ class Handshake:
     """A request that asks whether somebody is there; it is answered and is no event.
 
     ``answer`` is pure: None for a request that is something else; ``WebhookRefused`` for one that must not be answered.
-    ``signed``: it is asked only after the scheme has verified, and sees the secret that matched alone.
+    ``signed``: it is asked only after the scheme has verified, and sees the secret that matched alone. ``learns``: it brings
+    the secret, to a source that has none.
     """
 
     answer: Callable[[Received, SourceKeys], Reply | None]
     method: Literal["GET", "POST"] = "POST"
     signed: bool = True
+    learns: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -567,6 +569,112 @@ class Setting:
     secret: bool = False
 
 
+HookProblem = Literal[  # why a provider has no hook; stable words, which sources show and documents name
+    "permission_missing",
+    "credential_refused",
+    "not_found",
+    "settings_refused",
+    "address_refused",
+    "rate_limited",
+    "provider_unavailable",
+]
+
+
+class HookRefused(Exception):
+    """The provider did not do what was asked of it about a hook; nothing of its answer is quoted."""
+
+    def __init__(self, problem: HookProblem) -> None:
+        """Say why."""
+        super().__init__(problem)
+        self.problem: HookProblem = problem
+
+
+@dataclass(frozen=True, slots=True)
+class HookWanted:
+    """A hook as it is to stand at the provider.
+
+    ``url``: the source's address. ``base_url``: the API's default host, without a slash at its end. ``settings``: of those
+    that the ``Registration`` names, each fits its pattern. ``unique``: up to 40 letters, digits and ``_``, the same whenever
+    this hook is tried again. ``secret``: the source's newest; None where the provider brings one, and where a hook is looked
+    at or removed. ``keep``: ids of hooks that are not to be removed, whatever their address. ``at``: now, seconds since 1970.
+    """
+
+    url: str
+    base_url: str
+    settings: Mapping[str, str]
+    unique: str
+    at: float
+    secret: Secret | None = field(default=None, repr=False)
+    keep: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Registered:
+    """A hook that a provider has. ``expires_at``: the end of its lease; ``secret``: what it will sign with, if it chose that.
+
+    ``detail``: what else removing it takes; no secret.
+    """
+
+    remote_id: str
+    expires_at: float | None = None
+    detail: Mapping[str, str] = field(default_factory=dict)
+    secret: Secret | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Registration:
+    """How hooks of a kind are made at the provider, with a connection's credential.
+
+    The dialogues yield requests to ``base_url`` without a credential: whoever drives them adds it, as to a proxied call. Each
+    may raise ``HookRefused``, and ``ProviderAnswerError`` for an answer that is none; five requests are the most. All may be
+    repeated after an answer was lost. ``create``: where the provider can tell, a hook with this address that is there
+    already is taken or replaced, so that there is one in the end. ``check``: whether the hook is there, works and is as
+    wanted; None: the provider does not tell. ``remove``: a hook that is not there is fine; without a ``Registered`` the one
+    with this address, where that can be found. ``brings_secret``: ``create`` returns one. ``renew_before_seconds``: how long
+    before its lease ends the next hook is made; both are there until the old one is removed. ``check_settings``:
+    ``ValueError`` (its text is shown) for settings that do not go together.
+    """
+
+    create: Callable[[HookWanted], Dialogue[Registered]]
+    remove: Callable[[HookWanted, Registered | None], Dialogue[None]]
+    check: Callable[[HookWanted, Registered], Dialogue[bool]] | None
+    settings: tuple[Setting, ...]
+    docs_url: str
+    help: str
+    brings_secret: bool = False
+    renew_before_seconds: float = 0.0
+    check_settings: Callable[[Mapping[str, str]], object] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AccountIn:
+    """Where a request names the account that it is about.
+
+    ``form``: the account's id as ``identify`` or an import gives it, with ``{}`` for what stands at each place in turn. Where
+    an event knows only the first part of it, such as the workspace, the form ends with ``*``: each account that begins so.
+    """
+
+    places: tuple[Place, ...]
+    form: str = "{}"
+
+
+@dataclass(frozen=True, slots=True)
+class Lifecycle:
+    """An event by which the provider says that what an account granted is over, and what a connection of it becomes then.
+
+    ``accounts``: every account that any of these names. ``client``: where the client's id stands that this was granted to;
+    None: the event does not say. ``needs``: signed places that must have a value besides, where the type does not say enough.
+    ``at``: when it was, seconds or milliseconds since 1970 or RFC 3339; what was granted later is untouched. An event whose
+    type is not signed never says ``revoked``.
+    """
+
+    then: Literal["revoked", "reauthorization_required"]
+    accounts: tuple[AccountIn, ...]
+    client: Place | None = None
+    needs: tuple[Place, ...] = ()
+    at: Place | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Webhook:
     """One way in which a provider posts events.
@@ -575,8 +683,10 @@ class Webhook:
     ``otherwise``. ``delivery_id``: what stays the same when a delivery is repeated; it guards against replays only where
     it is signed. ``acknowledgement``: what the provider wants to hear; None: any 2xx. ``body_unlike``: a body that matches
     fully is refused, since the provider's handshake would sign it for anybody. ``repeats``: the provider signs the same
-    bytes for events that differ, so these bytes tell no replay. ``configure``: makes the webhook that a source's settings
-    describe; pure, ``ValueError`` (its text is shown) for settings that cannot be.
+    bytes for events that differ, so these bytes tell no replay. ``account``: where an event names its account, the first that
+    has a value. ``lifecycle``: by event type, without the provider's name, the events that end a grant. ``configure``:
+    makes the webhook that a source's settings describe; pure, ``ValueError`` (its text is shown) for settings that cannot
+    be. ``registration``: how the broker makes the hook at the provider; None: somebody does by hand.
     """
 
     scheme: Scheme
@@ -591,7 +701,10 @@ class Webhook:
     help: str = ""
     body_unlike: str | None = None
     repeats: bool = False
+    account: tuple[AccountIn, ...] = ()
+    lifecycle: Mapping[str, Lifecycle] = field(default_factory=dict)
     configure: Callable[[Mapping[str, str]], Webhook] | None = None
+    registration: Registration | None = None
 
     @property
     def methods(self) -> frozenset[str]:

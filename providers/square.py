@@ -9,9 +9,11 @@ import json
 from providers.client_auth import holds_private_key
 from providers.spec import (
     Account,
+    AccountIn,
     ApiKey,
     Credential,
     Dialogue,
+    Lifecycle,
     Member,
     OAuth2,
     Outgoing,
@@ -76,6 +78,14 @@ PROVIDER = Provider(
             "https://developer.squareup.com/docs/webhooks/step3validate",
             event=(Member("/type"),),
             delivery_id=Member("/event_id"),
+            account=(AccountIn((Member("/merchant_id"),)),),
+            lifecycle={
+                "oauth.authorization.revoked": Lifecycle(
+                    "revoked",
+                    (AccountIn((Member("/merchant_id"),)),),
+                    at=Member("/data/object/revocation/revoked_at"),
+                )
+            },
             help="The subscription's signature key",
         )
     },

@@ -4,26 +4,37 @@ The access token is a key of the connected account and has no end. Stripe Apps h
 the key alone, which this vocabulary does not say; a key of one's own goes in as an API key.
 
 Sources: https://docs.stripe.com/connect/oauth-reference, https://docs.stripe.com/connect/oauth-standard-accounts,
-https://docs.stripe.com/api/accounts/retrieve, stripe/stripe-python (_oauth.py: what the fields mean and how to deauthorize).
+https://docs.stripe.com/api/accounts/retrieve, stripe/stripe-python (_oauth.py: what the fields mean and how to deauthorize),
+https://docs.stripe.com/api/webhook_endpoints.
 """
 
 from collections.abc import Mapping
 from typing import Any
-from urllib.parse import urlencode
+from urllib.parse import quote, urlencode
 
 from providers.client_auth import holds_private_key
+from providers.registering import EVENTS, object_of, objects_of, require_status, wanted_events
 from providers.spec import (
     Account,
+    AccountIn,
     ApiKey,
     Credential,
     Dialogue,
+    HookRefused,
+    HookWanted,
+    Incoming,
+    Lifecycle,
     Member,
     OAuth2,
     Outgoing,
     Provider,
     ProviderAnswerError,
     Refresh,
+    Registered,
+    Registration,
     Revocation,
+    Secret,
+    Setting,
     Webhook,
 )
 from providers.verifying import timestamped
@@ -69,6 +80,78 @@ def _account(credential: Credential) -> Dialogue[Mapping[str, Any]]:
     return account
 
 
+# Webhook endpoints.
+
+JSON = {"Accept": "application/json"}
+MOST_REPLACED = 3
+
+
+def create_endpoint(hook: HookWanted) -> Dialogue[Registered]:
+    """Make the endpoint; those with this address are deleted first, since nobody can learn their secret any more."""
+    for found in (yield from _endpoints_at(hook))[:MOST_REPLACED]:
+        yield from _delete_endpoint(hook, found)
+    events = [("enabled_events[]", one) for one in wanted_events(hook.settings)]
+    body = urlencode([("url", hook.url), *events, ("description", "Made by the credential broker")]).encode()
+    headers = {**JSON, "Content-Type": "application/x-www-form-urlencoded"}
+    answer = yield Outgoing("POST", _endpoints(hook), headers, body)
+    _require_endpoints(answer, 200)
+    made = object_of(answer)
+    secret = made.get("secret")
+    if not isinstance(secret, str) or not secret.startswith("whsec_"):
+        raise ProviderAnswerError("a new endpoint came without its secret")
+    return Registered(_endpoint_id(made), secret=Secret(secret))
+
+
+def check_endpoint(hook: HookWanted, registered: Registered) -> Dialogue[bool]:
+    """Whether the endpoint is there, enabled, and gets the wanted events at this address."""
+    answer = yield Outgoing("GET", f"{_endpoints(hook)}/{quote(registered.remote_id, safe='')}", JSON)
+    _require_endpoints(answer, 200, 404)
+    if answer.status == 404:
+        return False
+    found = object_of(answer)
+    events = found.get("enabled_events")
+    chosen = isinstance(events, list) and {str(one) for one in events} == set(wanted_events(hook.settings))
+    return chosen and (found.get("url"), found.get("status")) == (hook.url, "enabled")
+
+
+def remove_endpoint(hook: HookWanted, registered: Registered | None) -> Dialogue[None]:
+    """Delete the endpoint, or the newest ones with this address; one that is not there is fine."""
+    found = [registered.remote_id] if registered is not None else (yield from _endpoints_at(hook))[:MOST_REPLACED]
+    for one in found:
+        yield from _delete_endpoint(hook, one)
+
+
+def _endpoints_at(hook: HookWanted) -> Dialogue[list[str]]:
+    answer = yield Outgoing("GET", f"{_endpoints(hook)}?limit=100", JSON)  # Stripe keeps 16 at most
+    _require_endpoints(answer, 200)
+    found = [_endpoint_id(one) for one in objects_of(object_of(answer).get("data")) if one.get("url") == hook.url]
+    return [one for one in found if one not in hook.keep]
+
+
+def _delete_endpoint(hook: HookWanted, endpoint_id: str) -> Dialogue[None]:
+    answer = yield Outgoing("DELETE", f"{_endpoints(hook)}/{quote(endpoint_id, safe='')}", JSON)
+    _require_endpoints(answer, 200, 404)
+
+
+def _endpoints(hook: HookWanted) -> str:
+    return f"{hook.base_url}/v1/webhook_endpoints"
+
+
+def _endpoint_id(found: Mapping[str, Any]) -> str:
+    if not isinstance(found.get("id"), str) or not found["id"]:
+        raise ProviderAnswerError("an endpoint has no id")
+    return str(found["id"])
+
+
+def _require_endpoints(answer: Incoming, *statuses: int) -> None:
+    """As ``require_status``; a 400 about the address says so."""
+    if answer.status == 400:
+        error = object_of(answer).get("error")
+        if isinstance(error, dict) and error.get("param") == "url":
+            raise HookRefused("address_refused")
+    require_status(answer, *statuses)
+
+
 PROVIDER = Provider(
     name="stripe",
     title="Stripe",
@@ -99,7 +182,27 @@ PROVIDER = Provider(
             "https://docs.stripe.com/webhooks",
             event=(Member("/type"),),
             delivery_id=Member("/id"),
+            account=(AccountIn((Member("/account"),)),),
+            lifecycle={
+                "account.application.deauthorized": Lifecycle(
+                    "revoked",
+                    (AccountIn((Member("/account"),)),),
+                    client=Member("/data/object/id"),
+                    at=Member("/created"),
+                )
+            },
             help="The endpoint's signing secret, whsec_…",
+            registration=Registration(
+                create_endpoint,
+                remove_endpoint,
+                check_endpoint,
+                settings=(
+                    Setting("events", "With commas between; * are all, which is the default", EVENTS, needed=False),
+                ),
+                docs_url="https://docs.stripe.com/api/webhook_endpoints",
+                help="A restricted key needs Webhook Endpoints, write",
+                brings_secret=True,
+            ),
         )
     },
 )

@@ -14,10 +14,12 @@ from providers.minting import client_credentials
 from providers.oidc import proof
 from providers.spec import (
     Account,
+    AccountIn,
     Credential,
     Dialogue,
     Header,
     Incoming,
+    Lifecycle,
     Member,
     OAuth2,
     Outgoing,
@@ -148,6 +150,17 @@ PROVIDER = Provider(
                     Member("/challenge"), {Header("twitch-eventsub-message-type"): "webhook_callback_verification"}
                 ),
             ),
+            account=(
+                AccountIn((Member("/subscription/condition/broadcaster_user_id"),)),
+                AccountIn((Member("/subscription/condition/user_id"),)),
+            ),
+            lifecycle={
+                "user.authorization.revoke": Lifecycle(
+                    "revoked",
+                    (AccountIn((Member("/event/user_id"),)),),
+                    client=Member("/event/client_id"),
+                )
+            },
             help="The secret that the subscription was made with",
         )
     },

@@ -12,9 +12,12 @@ from providers.handshakes import TOKEN, proven_parameter
 from providers.oidc import revoke
 from providers.spec import (
     Account,
+    AccountIn,
     ApiKey,
     Credential,
     Dialogue,
+    Lifecycle,
+    Member,
     OAuth2,
     Outgoing,
     Provider,
@@ -87,6 +90,14 @@ PROVIDER = Provider(
             otherwise="activity",
             acknowledgement=Reply(200),
             handshakes=(proven_parameter("crc_token", "response_token"),),
+            account=(AccountIn((Member("/for_user_id"),)),),
+            lifecycle={
+                "activity": Lifecycle(  # each event has a member of its own, and there is no type
+                    "revoked",
+                    (AccountIn((Member("/user_event/revoke/source/user_id"),)),),
+                    at=Member("/user_event/revoke/date_time"),
+                )
+            },
             help="The app's consumer secret (API key secret)",
             body_unlike=TOKEN,  # the check of the address has such a text signed for anybody, and in the same way as a body
         )

@@ -13,9 +13,11 @@ from providers.minting import client_credentials
 from providers.oidc import revoke
 from providers.spec import (
     Account,
+    AccountIn,
     Credential,
     Dialogue,
     Header,
+    Lifecycle,
     Member,
     OAuth2,
     Outgoing,
@@ -95,6 +97,15 @@ PROVIDER = Provider(
                     "encryptedToken",
                 ),
             ),
+            account=(AccountIn((Member("/payload/object/host_id"),)),),
+            lifecycle={
+                "app_deauthorized": Lifecycle(
+                    "revoked",
+                    (AccountIn((Member("/payload/user_id"),)),),
+                    client=Member("/payload/client_id"),
+                    at=Member("/payload/deauthorization_time"),
+                )
+            },
             help="The app's secret token",
         )
     },

@@ -13,7 +13,7 @@ from broker.errors import NotFound
 from broker.integrations import Integrations
 from broker.integrations.config import IntegrationConfig
 from broker.policy import Principal
-from providers.spec import Provider, Variable
+from providers.spec import Provider, Setting, Variable, Webhook
 
 
 def provider_json(provider: Provider, *, schema: bool) -> dict[str, Any]:
@@ -29,8 +29,27 @@ def provider_json(provider: Provider, *, schema: bool) -> dict[str, Any]:
         "default_scopes": list(oauth2.default_scopes) if oauth2 is not None else [],
         "discovery": oauth2.discovery if oauth2 is not None else False,
         "refresh_rotates": oauth2.refresh.rotates if oauth2 is not None else None,
+        "webhooks": [_webhook_json(kind, webhook) for kind, webhook in provider.webhooks.items()],
     }
     return {**shown, "config_schema": IntegrationConfig.model_json_schema()} if schema else shown
+
+
+def _webhook_json(kind: str, webhook: Webhook) -> dict[str, Any]:
+    registration = webhook.registration
+    return {
+        "kind": kind,
+        "scheme": webhook.scheme.title,
+        "covers": sorted(webhook.scheme.covers),
+        "needs_secret": webhook.scheme.needs_secret,
+        "docs_url": webhook.docs_url,
+        "help": webhook.help,
+        "settings": [_setting_json(setting) for setting in webhook.settings],
+        "registration": [_setting_json(one) for one in registration.settings] if registration is not None else None,
+    }
+
+
+def _setting_json(setting: Setting) -> dict[str, Any]:
+    return {name: getattr(setting, name) for name in ("name", "help", "pattern", "needed", "secret")}
 
 
 def _variable_json(variable: Variable) -> dict[str, Any]:

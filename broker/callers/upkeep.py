@@ -10,6 +10,7 @@ import sqlalchemy as sa
 import structlog
 from sqlmodel import Session, col, select
 
+from broker.announcing import announce
 from broker.audit import Audit, Entry
 from broker.callers.rows import (
     MARKED,
@@ -107,6 +108,7 @@ class Upkeep:
             told = {"caller_id": one.key.caller_id, "key_id": one.key.id, "expires_at": rfc3339(one.ends_at)}
             log.warning("broker.key.expiring", days=days, **told)
             entries.append(Entry(action="broker.key.expiring", actor="worker", detail={**told, "days": days}))
+            announce(session, "broker.key.expiring", {**told, "days": days})
         if entries:
             self._audit.append(session, *entries)
 

@@ -7,7 +7,19 @@ from typing import Annotated
 import typer
 
 from broker import __version__
-from broker.cli import audit, callers, connections, doctor, integrations, keys, processes, providers, revoke, vault
+from broker.cli import (
+    audit,
+    callers,
+    connections,
+    doctor,
+    integrations,
+    keys,
+    processes,
+    providers,
+    revoke,
+    vault,
+    webhooks,
+)
 
 main = typer.Typer(
     rich_markup_mode=None,
@@ -45,5 +57,6 @@ for name, group in {
     "vault": vault.commands,
     "keys": keys.commands,
     "revoke": revoke.commands,
+    "webhooks": webhooks.commands,
 }.items():
     main.add_typer(group, name=name)

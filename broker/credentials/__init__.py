@@ -13,7 +13,7 @@ those above it::
     journal                      the attempt, and the provider's raw answer
     claims                       claim, wait, hold, settle what a crash left
     refreshing                   one refresh, from the claim to the release
-    handing_out · revoking · upkeep
+    handing_out · revoking · upkeep · lifecycle
 
 A refresh is claim → attempt → act → journal → compare-and-set → release. The lease has an owner and a fencing number; a
 late holder's write is refused. docs/decisions/0006-refresh.md says why.
@@ -22,7 +22,7 @@ late holder's write is refused. docs/decisions/0006-refresh.md says why.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
@@ -33,6 +33,7 @@ from broker.credentials.claims import Claims
 from broker.credentials.handing_out import HandingOut, Handout, Lent
 from broker.credentials.journal import Journal
 from broker.credentials.leases import Claimed, Lease, LeaseLost, require_lease
+from broker.credentials.lifecycle import GrantOver, Marking
 from broker.credentials.outcomes import Outcomes
 from broker.credentials.refreshing import Refreshing, Tried
 from broker.credentials.revoking import Revoked, Revoking, SecretLost
@@ -60,6 +61,7 @@ __all__ = [
     "Backlog",
     "Claimed",
     "Credentials",
+    "GrantOver",
     "Handout",
     "Lease",
     "LeaseLost",
@@ -111,17 +113,10 @@ class Credentials:
         stored = StoredSecrets(database, vault)
         outcomes = Outcomes(database, stored, integrations, audit, metrics, confirm_seconds=confirm_seconds)
         journal = Journal(database, stored, sealer, outcomes, keep_seconds=journal_seconds, monotonic=monotonic)
-        claims = Claims(
-            database, outcomes, journal, lease_seconds=lease_seconds, wait_seconds=wait_seconds, monotonic=monotonic
-        )
+        paces: dict[str, Any] = {"lease_seconds": lease_seconds, "wait_seconds": wait_seconds, "monotonic": monotonic}
+        claims = Claims(database, outcomes, journal, **paces)
         parts = (database, stored, egress, integrations, audit, claims, journal, outcomes)
-        refreshing = Refreshing(
-            *parts,
-            lease_seconds=lease_seconds,
-            wait_seconds=wait_seconds,
-            confirm_seconds=confirm_seconds,
-            monotonic=monotonic,
-        )
+        refreshing = Refreshing(*parts, **paces, confirm_seconds=confirm_seconds)
         self._wait_seconds = wait_seconds
         self._stored = stored
         self._claims = claims
@@ -131,6 +126,7 @@ class Credentials:
         )
         self._revoking = Revoking(database, stored, egress, integrations, audit, claims)
         self._upkeep = Upkeep(database, vault, integrations, claims)
+        self._marking = Marking(database, audit)
 
     # Handing out
 
@@ -149,6 +145,13 @@ class Credentials:
     async def lend(self, row: Standing, configured: Configured, ask: Ask, at: float) -> Lent:
         """As ``fresh``, but return the opened credential of any type, for a call that this process makes itself."""
         return await self._handing_out.lend(row, configured, ask, at)
+
+    async def lend_last(self, row: Connection, configured: Configured) -> Lent:
+        """As ``lend``, of a row that is being deleted or revoked, for what has to be undone with it before: never refreshed.
+
+        Whether the row may be used is not looked at. Raises OriginChanged, SecretStoreUnavailable, ProviderUnavailable.
+        """
+        return await self._handing_out.lend_last(row, configured)
 
     async def refresh(self, row: Connection) -> None:
         """Refresh now unless somebody else just did; for the worker. Raises as ``fresh`` does."""
@@ -195,6 +198,17 @@ class Credentials:
 
     # Ending
 
+    def do_before_the_end(self, act: Callable[[Connection], Awaitable[None]]) -> None:
+        """Have ``act`` undo what was made at a provider with a connection's credential, before that is revoked or destroyed.
+
+        Called once, at the start. ``act`` is bounded in time, may be repeated, and raises only what ``dispose`` raises.
+        """
+        self._revoking.before_the_end = act
+
+    async def before_the_end(self, row: Connection) -> None:
+        """Undo what was made with the credential of a connection that is about to be deleted, while it may still be used."""
+        await self._revoking.before_the_end(row)
+
     async def revoke_at_provider(self, row: Connection) -> Revoked:
         """Revoke what the connection holds at its provider; for the holder of its lease. Nothing is written.
 
@@ -213,6 +227,15 @@ class Credentials:
         LeaseLost: then the row stays marked and the worker tries again.
         """
         return await self._revoking.dispose(connection_id, known=known)
+
+    async def mark_ended(self, over: GrantOver) -> list[str]:
+        """Mark the connections whose grant is over by their provider's word; return their ids. They yield nothing any more.
+
+        Not those that were granted later, nor any where the connections are of several clients and nothing says which is meant.
+        A refresh under way changes nothing about it. May be repeated: what is marked already is not marked again. Raises
+        DatabaseUnavailable, AuditUnavailable.
+        """
+        return await self._marking.mark_ended(over)
 
     # For the worker
 

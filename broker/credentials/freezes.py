@@ -10,6 +10,7 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Mapped
 from sqlmodel import Session, col, select
 
+from broker.announcing import announce_connection
 from broker.audit import Entry
 from broker.database import now
 from broker.errors import Conflict
@@ -126,6 +127,7 @@ def hold(session: Session, row: Connection, freezes: Sequence[Revocation]) -> li
     flushed with its new values; ``freezes``: of ``active_freezes`` in this transaction.
     """
     entries: list[Entry] = []
+    was_frozen = row.status == "frozen"
     for freeze in freezes:
         known = session.get(RevocationResult, (freeze.id, row.id))
         selector = Selector.of(freeze.selector)
@@ -138,6 +140,8 @@ def hold(session: Session, row: Connection, freezes: Sequence[Revocation]) -> li
             continue
         row.status, row.status_reason = "frozen", freeze.id
     session.flush()
+    if row.status == "frozen" and not was_frozen:
+        announce_connection(session, "frozen", row)
     return entries
 
 

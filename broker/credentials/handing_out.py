@@ -13,6 +13,7 @@ from broker.credentials.usable import Standing, read_row, require_pinned, requir
 from broker.database import Database
 from broker.errors import BrokerError, Conflict, ProviderUnavailable
 from broker.integrations import Configured
+from broker.models import Connection
 from broker.refresh import Ask, Held, after_failure, decide
 from providers.spec import Secret
 
@@ -70,6 +71,11 @@ class HandingOut:
     async def lend(self, row: Standing, configured: Configured, ask: Ask, at: float) -> Lent:
         """Return an opened credential that fits ``ask``. See ``Credentials.lend``."""
         return lent_of((await self._fresh(row, configured, ask, at))[1])
+
+    async def lend_last(self, row: Connection, configured: Configured) -> Lent:
+        """Return the opened credential of a row that is about to end. See ``Credentials.lend_last``."""
+        require_pinned(row, configured)
+        return lent_of(await self._stored.open(row))
 
     async def _fresh(
         self, row: Standing, configured: Configured, ask: Ask, at: float

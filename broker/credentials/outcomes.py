@@ -10,6 +10,7 @@ import sqlalchemy as sa
 import structlog
 from sqlmodel import Session, col
 
+from broker.announcing import announce_connection
 from broker.audit import Audit, Entry
 from broker.credentials.leases import Claimed, Lease, LeaseLost, require_lease
 from broker.credentials.renewals import dialogue_of, renewable, renewed_value
@@ -130,6 +131,7 @@ class Outcomes:
             if verdict.lost:
                 row.status = "reauthorization_required"
                 entries = [system_entry("connection.reauthorization_required", row, reason=verdict.reason)]
+                announce_connection(session, "reauthorization_required", row)
         session.flush()
         self._audit.append(session, *entries)
         return verdict

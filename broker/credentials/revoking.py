@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from typing import Literal
 
 import sqlalchemy as sa
@@ -42,7 +43,8 @@ class Revoking:
         audit: Audit,
         claims: Claims,
     ) -> None:
-        """Keep the parts."""
+        """Keep the parts. ``before_the_end``: see ``Credentials.do_before_the_end``."""
+        self.before_the_end: Callable[[Connection], Awaitable[None]] = _nothing
         self._database = database
         self._stored = stored
         self._egress = egress
@@ -52,6 +54,11 @@ class Revoking:
 
     async def at_provider(self, row: Connection) -> Revoked:
         """Revoke what the connection holds, unless another would die with it. See ``Credentials.revoke_at_provider``."""
+        if row.secret_version > 0:
+            await self.before_the_end(row)
+        return await self._revoke(row)
+
+    async def _revoke(self, row: Connection) -> Revoked:
         provider = self._integrations.catalog.get(row.provider)
         revocation = provider.oauth2.revocation if provider is not None and provider.oauth2 is not None else None
         if row.credential_type != "oauth2" or (provider is not None and revocation is None):
@@ -73,6 +80,8 @@ class Revoking:
         async with self._claims.holding(connection_id) as claimed:
             if known is None and await self._database.read(lambda session: _is_being_ended(session, connection_id)):
                 return "skipped"
+            if claimed.row.secret_version > 0:
+                await self.before_the_end(claimed.row)
             result = known or await self._revoke_deleted(claimed.row)
             await self._stored.destroy(connection_id)
             await self._remove(claimed.row, claimed.lease, result)
@@ -82,7 +91,7 @@ class Revoking:
         if not row.revoke_on_delete or row.secret_version <= 0:  # a revocation has destroyed it already
             return "skipped"
         try:
-            return await self.at_provider(row)
+            return await self._revoke(row)
         except BrokerError:
             return "failed"
 
@@ -122,6 +131,10 @@ class Revoking:
     async def _shared(self, row: Connection, *, project: bool) -> bool:
         query = select(Connection.id).where(*_dies_with(row, project=project)).limit(1)
         return await self._database.read(lambda session: session.exec(query).first() is not None)
+
+
+async def _nothing(row: Connection) -> None:
+    """Undo nothing: nobody has made anything with this connection's credential."""
 
 
 def _is_being_ended(session: Session, connection_id: str) -> bool:

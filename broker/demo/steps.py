@@ -13,6 +13,7 @@ from urllib.parse import parse_qsl, urlsplit
 import httpx2
 
 from broker.demo.browser import Browser, redirect_of
+from broker.demo.events import SENDER, an_application, is_genuine, signed_event
 from broker.demo.sandbox import DEMO_CLIENT_ID, DEMO_CLIENT_SECRET
 from broker.demo.stage import INTEGRATION, Stage
 
@@ -340,6 +341,26 @@ async def ask_as_another(walk: Walk) -> str:
     return f"{expect_refusal(answer, 404, 'not_found')}: outside its grants the connection does not exist"
 
 
+# Events
+
+
+async def receive_event(walk: Walk) -> str:
+    """Let a provider post an event, and somebody without the secret another one; see what reaches the application."""
+    async with an_application() as (url, arrivals):
+        source = expect(await walk.admin("POST", "/v1/webhook-sources", {"name": "notes", "provider": SENDER}), 201)
+        wanted = {"url": url, "event_types": [f"{SENDER}.**"]}
+        subscription = expect(await walk.admin("POST", "/v1/subscriptions", wanted), 201)
+        sent = signed_event(source["url"], walk.keep("source secret", source["secret"]))
+        forged = await walk.stage.http.post(sent.url, headers=list(sent.headers), content=sent.body + b" ")
+        require(forged.status_code == 401, f"{what_it_was(forged)} came where a forged event is refused")
+        expect(await walk.stage.http.post(sent.url, headers=list(sent.headers), content=sent.body), 202)
+        delivery = await arrivals.get()
+    require(delivery.body == sent.body, "the delivery is not the event to the byte")
+    signed = is_genuine(delivery, walk.keep("signing secret", subscription["secret"]))
+    require(signed, "the delivery is not signed with the subscription's secret")
+    return f"202 once it was stored; {len(sent.body)} bytes reach the app as they came, signed; with one byte more: 401"
+
+
 # Afterwards
 
 
@@ -405,6 +426,11 @@ STEPS = (
     Step("", "It calls the provider's API with the token.", call_api),
     Step("", "The app wants a new token at once; the broker refreshes.", force_refresh),
     Step("", "Which of the two tokens does the API take now?", call_again),
+    Step(
+        "Events",
+        "The provider posts an event to the broker, which delivers it to the app; then one that is forged.",
+        receive_event,
+    ),
     Step(
         "Attacks that fail",
         "Mallory consents as himself and has Grace open his callback, to plant his account in hers.",

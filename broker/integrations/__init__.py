@@ -582,6 +582,8 @@ class Integrations:
         provider = self.catalog.get(draft.provider or "")
         if provider is None:
             problems.append(FieldError("/provider", "is not in the catalog"))
+        elif not provider.credential_types:
+            problems.append(FieldError("/provider", "has no credentials to keep: make a webhook source of it"))
         if problems or provider is None:
             raise InvalidRequest(errors=problems)
         parse_config(config, provider, development=self._settings.development)

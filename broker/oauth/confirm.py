@@ -20,6 +20,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlmodel import Session, col, select
 
 from broker import policy
+from broker.announcing import Change, announce_connection
 from broker.audit import Audit, Entry
 from broker.credentials import Claimed, Credentials, LeaseLost, require_lease, secret_owner
 from broker.credentials.freezes import active_freezes, hold, require_not_ending
@@ -128,7 +129,8 @@ class Confirmations:
             await self.burn(flow, "subject_mismatch", principal)
             raise SubjectMismatch
         try:
-            return await self._activate(flow, pending, wanted.subject, principal, wanted.body_digest)
+            settled = _settled(principal, wanted.body_digest)
+            return await self._activate(flow, pending, wanted.subject, principal, settled, change="confirmed")
         except _Lost:
             flow, _, at = await self._flow_of(wanted, principal)
             if _repeats(flow, wanted, principal, at):
@@ -175,7 +177,7 @@ class Confirmations:
         if live is None or flow.integration not in (live[0].integrations or ()):
             return None  # who minted the session may no longer connect this
         try:
-            return await self._activate(flow, pending, flow.subject, None, "")
+            return await self._activate(flow, pending, flow.subject, None, _settled(None, ""), change="created")
         except (Conflict, Forbidden, UpstreamTimeout, _Lost):
             return None
 
@@ -185,23 +187,28 @@ class Confirmations:
         Raises Conflict, Forbidden or UpstreamTimeout when it cannot be merged now; FlowError when it is gone.
         """
         try:
-            return await self._activate(flow, pending, flow.subject or "", principal, "")
+            settled = _settled(principal, "")
+            return await self._activate(flow, pending, flow.subject or "", principal, settled, change="created")
         except _Lost:
             raise FlowError("state_invalid") from None
 
     async def _activate(
-        self, flow: Flow, pending: Connection, subject: str, principal: Principal | None, body_digest: str
+        self,
+        flow: Flow,
+        pending: Connection,
+        subject: str,
+        principal: Principal | None,
+        settled: Mapping[str, Any],
+        *,
+        change: Change,
     ) -> Connection:
-        settled = {
-            "confirmed_by": principal.caller_id if principal is not None else None,
-            "confirm_body_digest": body_digest,
-        }
+        """Activate or merge. ``change``: what a connection that is new then has come to, for events."""
         for _ in range(RACES):
             existing = await self._existing(flow, pending, subject)
             if existing is not None:
                 return await self._merge(flow, pending, existing, subject, principal, settled)
             with contextlib.suppress(IntegrityError):  # another confirm of this account was faster: merge into its own
-                return await self._make_active(flow, pending, subject, principal, settled)
+                return await self._make_active(flow, pending, subject, principal, settled, change=change)
         raise Conflict("several flows of this account are being confirmed at once; try again")
 
     async def _existing(self, flow: Flow, pending: Connection, subject: str) -> str | None:
@@ -219,7 +226,14 @@ class Confirmations:
         return await self._database.read(lambda session: session.exec(query).first())
 
     async def _make_active(
-        self, flow: Flow, pending: Connection, subject: str, principal: Principal | None, settled: Mapping[str, Any]
+        self,
+        flow: Flow,
+        pending: Connection,
+        subject: str,
+        principal: Principal | None,
+        settled: Mapping[str, Any],
+        *,
+        change: Change,
     ) -> Connection:
         """Set the subject and activate, in one transaction."""
 
@@ -231,7 +245,7 @@ class Confirmations:
                 raise _Lost
             row.status, row.subject, row.pending_until = "active", subject, None
             row.created_by = principal.caller_id if principal is not None else None
-            session.flush()
+            announce_connection(session, change, row)
             frozen = hold(session, row, freezes)
             self._audit.append(session, _entry("connection.confirmed", row, principal), *frozen)
             return row
@@ -348,7 +362,7 @@ class Confirmations:
             changes = {**_moved(flow, pending, row, merged.value), "secret_version": merged.version, "tags": tags}
             for name, value in changes.items():
                 setattr(row, name, value)
-            session.flush()
+            announce_connection(session, "confirmed", row)
             frozen = hold(session, row, freezes)
             self._audit.append(session, _entry("connection.confirmed", row, principal, merged=pending.id), *frozen)
             return row
@@ -405,6 +419,14 @@ class Confirmations:
         discarded = [await self._discard(flow, "unconfirmed") for flow in flows]
         await asyncio.gather(*(self._dispose(found) for found in discarded if found is not None))
         return len(flows)
+
+
+def _settled(principal: Principal | None, body_digest: str) -> dict[str, Any]:
+    """Return by what a repeat of this confirm is known."""
+    return {
+        "confirmed_by": principal.caller_id if principal is not None else None,
+        "confirm_body_digest": body_digest,
+    }
 
 
 def keeps_refresh_token(row: Connection, coming: Newcomer) -> bool:
@@ -530,6 +552,7 @@ def _moved(flow: Flow, pending: Connection, row: Connection, value: Mapping[str,
         "variables": variables,
         "pins": pins,
         "account_id": pending.account_id or row.account_id,
+        "granted_at": pending.created_at,
         "refresh_expires_at": pending.refresh_expires_at if own else row.refresh_expires_at,
         "refreshable": "refresh_token" in value,
         "status": "frozen" if row.status == "frozen" else "active",

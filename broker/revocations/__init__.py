@@ -27,7 +27,7 @@ from broker.errors import BrokerError, Conflict, FieldError, InvalidRequest, Not
 from broker.models import Revocation, RevocationResult, new_id
 from broker.policy import Principal
 from broker.revocations.ending import PASS_SECONDS, Ending
-from broker.revocations.erasing import SETTLE_SECONDS, begin_erasure, forget_name, names, take_stragglers
+from broker.revocations.erasing import SETTLE_SECONDS, begin_erasure, forget_events, forget_name, names, take_stragglers
 from broker.revocations.stopping import count_selected, lift_freeze, record_some, stop_selected
 
 __all__ = ["Revocations", "Selector", "View"]
@@ -221,7 +221,8 @@ class Revocations:
         """Do the next piece of one: the records of all that were stopped, then a page of ends at the providers."""
         if row.action == "erase":
             await self._ending.some(row)
-            await self._finish_erasure(row)
+            if await self._forget_events(row):
+                await self._finish_erasure(row)
             return
         await self._record_all(row.id, seconds=PASS_SECONDS)
         if row.action == "revoke":
@@ -257,6 +258,15 @@ class Revocations:
 
         if await self._database.transaction(work):
             self._recorded.add(row.id)
+
+    async def _forget_events(self, row: Revocation) -> bool:
+        """Delete the webhook events of a person, batch by batch; return whether none are left, False after so long."""
+        subject, end_at = row.selector.get("subject"), time.monotonic() + PASS_SECONDS
+        while subject is not None and time.monotonic() < end_at:
+            if not await self._database.transaction(lambda session: forget_events(session, row, subject)):
+                return True
+            await asyncio.sleep(RECORD_PAUSE_SECONDS)  # in which those who take events in get at the database
+        return False
 
     async def _finish_erasure(self, row: Revocation) -> None:
         """Take the last traces away and forget the name, once all that was under way at the beginning is over."""

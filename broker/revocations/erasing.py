@@ -13,6 +13,7 @@ from typing import Any, cast
 import sqlalchemy as sa
 from sqlmodel import Session, col, select
 
+from broker.announcing import COLUMNS, announce_connections
 from broker.credentials.freezes import lock_freezes
 from broker.database import now
 from broker.models import (
@@ -25,6 +26,7 @@ from broker.models import (
     Revocation,
     RevocationResult,
 )
+from broker.webhooks.retention import remove_events_of
 
 SETTLE_SECONDS = 60.0  # longer than a call to a provider, and than a record waits
 ERASED = "(erased)"
@@ -54,6 +56,7 @@ def begin_erasure(session: Session, erasure: Revocation, subject: str) -> Revoca
     session.execute(sa.delete(BrowserSession).where(col(BrowserSession.subject) == subject))
     _empty_answers(session, erasure, subject)
     _unname_revocations(session, subject)
+    forget_events(session, erasure, subject)
     session.flush()
     return erasure
 
@@ -75,12 +78,21 @@ def _take_connections(session: Session, erasure: Revocation, which: sa.ColumnEle
     taken = session.execute(sa.insert(_RESULTS).from_select(names, chosen, include_defaults=False)).rowcount  # type: ignore[attr-defined]
     mine = _ROWS.c.id.in_(sa.select(_RESULTS.c.connection_id).where(_RESULTS.c.revocation_id == erasure.id))
     gone = {"deleted_at": at, "revoke_on_delete": revoke}
-    session.execute(sa.update(_ROWS).where(which, mine, _ROWS.c.deleted_at.is_(None)).values(**gone))
+    deleted = sa.update(_ROWS).where(which, mine, _ROWS.c.deleted_at.is_(None)).values(**gone)
+    told = session.execute(deleted.returning(*(_ROWS.c[name] for name in COLUMNS))).all()
+    nameless: dict[str, Any] = {"subject": None, "account_id": None, "tags": {}, "status_reason": "erased"}
+    announce_connections(session, "deleted", cast("Any", told), **nameless)
     nobody: dict[str, Any] = {"subject": None, "account_name": None, "account_email": None, "tags": {}, "metadata": {}}
     session.execute(sa.update(_ROWS).where(which, mine).values(**nobody))  # not those of before: they may be locked
     counted = sa.update(Revocation).where(col(Revocation.id) == erasure.id).values(total=Revocation.total + taken)
     session.execute(counted)
     return int(taken)
+
+
+def forget_events(session: Session, erasure: Revocation, subject: str) -> int:
+    """Delete some of the webhook events of the subject's connections; return how many, 0 when none are left."""
+    taken = sa.select(_RESULTS.c.connection_id).where(_RESULTS.c.revocation_id == erasure.id)
+    return remove_events_of(session, taken, subject, told_since=erasure.created_at)
 
 
 def _empty_answers(session: Session, erasure: Revocation, subject: str) -> None:

@@ -1,13 +1,14 @@
-"""What stops connections and lifts a freeze, each in one transaction, however many; and the audit's record of each."""
+"""What stops connections and lifts a freeze, each in one transaction, however many; and the record and event of each."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import sqlalchemy as sa
 from sqlmodel import Session, col
 
+from broker.announcing import COLUMNS, Change, announce_connections
 from broker.audit import Audit
 from broker.credentials.freezes import Selector, freezes_in_force, lock_freezes, stopped_entry
 from broker.database import now
@@ -160,19 +161,22 @@ def _bring_back(session: Session, revocation: Revocation) -> None:
 
 
 _ACTIONS = {"frozen": "connection.frozen", "lifted": "connection.unfrozen"}
+_CHANGES: Mapping[str, Change] = {"frozen": "frozen", "lifted": "unfrozen"}
 
 
 def record_some(session: Session, audit: Audit, revocation_id: str, after: str) -> str | None:
-    """Write the audit's records of the next connections that were stopped or brought back; return the last one's id.
+    """Write the audit's records, and the events, of the next connections that were stopped or brought back.
 
-    None when there is none behind ``after``. Several processes may do this at once: each takes rows that no other has.
+    Return the last one's id, None when there is none behind ``after``. Several processes may do this at once: each takes rows
+    that no other has. What was stopped is noted in the transaction that stops, so no event of it can be lost.
     """
     revocation = session.get(Revocation, revocation_id)
     if revocation is not None and revocation.action == "freeze":  # whoever lifts it locks it before the results too
         session.refresh(revocation, with_for_update=True)
     mine = _RESULTS.c.revocation_id == revocation_id
     joined = sa.outerjoin(_RESULTS, _ROWS, _ROWS.c.id == _RESULTS.c.connection_id)
-    columns = (_RESULTS.c.connection_id, _RESULTS.c.result, _ROWS.c.integration, _ROWS.c.subject)
+    facts = [_ROWS.c[name] for name in COLUMNS]
+    columns = (_RESULTS.c.connection_id, _RESULTS.c.result, _ROWS.c.deleted_at, *facts)
     query = sa.select(*columns).select_from(joined)
     query = query.where(mine, _RESULTS.c.at.is_(None), _RESULTS.c.connection_id > after)
     query = query.order_by(_RESULTS.c.connection_id).limit(RECORDED_AT_ONCE)
@@ -185,9 +189,23 @@ def record_some(session: Session, audit: Audit, revocation_id: str, after: str) 
         frozen = sum(one.result == "frozen" for one in found)
         counted = sa.update(Revocation).where(col(Revocation.id) == revocation_id).values(done=Revocation.done + frozen)
         session.execute(counted)
+    _announce(session, revocation_id, found)
     entries = [
-        stopped_entry(_ACTIONS.get(result, "connection.revoked"), revocation, connection_id, integration, subject)
-        for connection_id, result, integration, subject in found
+        stopped_entry(
+            _ACTIONS.get(one.result, "connection.revoked"), revocation, one.connection_id, one.integration, one.subject
+        )
+        for one in found
     ]
     audit.append(session, *entries)
     return str(found[-1].connection_id)
+
+
+def _announce(session: Session, revocation_id: str, found: Sequence[Any]) -> None:
+    """Write the events of what was stopped or brought back; what is deleted by now has said so itself."""
+    by_change: dict[Change, list[Any]] = {}
+    for one in found:
+        if one.deleted_at is None and one.id is not None:
+            by_change.setdefault(_CHANGES.get(one.result, "revoked"), []).append(one)
+    for change, rows in by_change.items():
+        stopped = {} if change == "unfrozen" else {"status": change, "status_reason": revocation_id}
+        announce_connections(session, change, rows, **stopped)

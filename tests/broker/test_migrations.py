@@ -111,7 +111,7 @@ async def test_a_schema_that_is_newer_than_the_code_is_left_as_it_is(database: D
 
 async def test_processes_that_migrate_the_same_empty_database_at_once_all_succeed(empty_database_url: str) -> None:
     outcomes = await _processes_migrate(empty_database_url, 3)
-    assert outcomes == [(0, "0004", "")] * 3
+    assert outcomes == [(0, "0005", "")] * 3
     database = open_database(empty_database_url)
     assert await database.read(_drift) == []
     await database.aclose()

@@ -16,11 +16,12 @@ from sqlmodel import col
 
 from broker.app import new_worker
 from broker.database import now
-from broker.models import DeviceFlow, Flow
+from broker.models import DeviceFlow, Flow, WebhookEvent
 from broker.oauth.device import AT_ONCE_FOR_ONE, Pace, after_refusal
 from broker.token_endpoint import TokenRefusal
 from tests.fakes import Reply, Seen, listening
 from tests.flows.rig import Rig, eventually, open_rig
+from tests.flows.shared import rows
 from tests.flows.time_passes import audited
 
 GRANT = "urn:ietf:params:oauth:grant-type:device_code"
@@ -122,6 +123,7 @@ async def test_a_code_that_the_user_typed_in_becomes_an_active_connection(rig: R
     assert connection["scopes"] == ["read"]
     assert (await rig.token(connection["id"])).json()["access_token"] == "device-token-1"
     assert len(await audited(rig.parts.database, "device.connected")) == 1
+    assert [event.type for event in await rows(rig, WebhookEvent)] == ["broker.connection.created"]
 
 
 async def test_the_same_account_again_updates_its_connection(rig: Rig, provider: Provider) -> None:

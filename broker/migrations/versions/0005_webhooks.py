@@ -15,6 +15,8 @@ def upgrade() -> None:
     _events()
     _deliveries()
     _beside()
+    op.add_column("connections", sa.Column("granted_at", sa.Float(53), nullable=True))
+    op.create_index("ix_connections_account", "connections", ["provider", "account_id"])
     if op.get_bind().dialect.name == "postgresql":
         # What providers post is JSON that PostgreSQL would compress on its way in: more dear than the bytes are.
         op.execute("ALTER TABLE webhook_events ALTER COLUMN body SET STORAGE EXTERNAL")
@@ -89,7 +91,7 @@ def _events() -> None:
     )
     op.create_index("ix_webhook_events_source", "webhook_events", ["source_id", "number"])
     _partial("ix_webhook_events_connection", "webhook_events", ["connection_id", "number"], "connection_id IS NOT NULL")
-    _partial("ix_webhook_events_waiting", "webhook_events", ["received_at"], "number IS NULL")
+    _partial("ix_webhook_events_waiting", "webhook_events", ["parked", "received_at"], "number IS NULL")
     op.create_table(
         "webhook_seen",
         *(sa.Column(name, sa.String(), primary_key=True) for name in ("source_id", "digest")),

@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from sqlmodel import Session, SQLModel
 
 from broker.database import Database
-from broker.models import Connection, DataKey, DeviceFlow, Flow, RefreshJournal, SealedSecret, SystemKey
+from broker.models import Connection, DataKey, DeviceFlow, Flow, RefreshJournal, SealedSecret, SystemKey, WebhookEvent
 from broker.vault.floor import KeyRetired
 from broker.vault.keyring import Keyring, Sealer, open_sealer, parse_keys, wrap_data_key
 from broker.vault.scan import find_misnamed, find_unreadable
@@ -38,7 +38,10 @@ def test_every_sealed_column_is_on_the_list() -> None:
     assert sealed == set(BY_NAME)
     assert all(isinstance(BY_NAME[name].table.c[BY_NAME[name].column].type, sa.LargeBinary) for name in sealed)
     binary = {f"{one.table.name}.{one.name}" for one in columns if isinstance(one.type, sa.LargeBinary)}
-    assert binary - sealed == {"data_keys.wrapped", "webhook_events.body"}  # what a provider posted, unless it is sealed
+    assert binary - sealed == {
+        "data_keys.wrapped",
+        "webhook_events.body",
+    }  # what a provider posted, unless it is sealed
 
 
 def rows_of(sealer: Sealer, n: int) -> list[SQLModel]:
@@ -64,7 +67,8 @@ def rows_of(sealer: Sealer, n: int) -> list[SQLModel]:
         SealedSecret(owner=owner, version=v, key_id=key_id, sealed=seal(owner, "secret", v), created_at=1.0)
         for v in (1, 2)
     ]
-    return [flow, device, journal, root, *secrets]
+    event = WebhookEvent(id=f"evt_{n}", type="t", provider="p", received_at=1.0, sealed_body=seal(f"evt_{n}", "event"))
+    return [flow, device, journal, root, event, *secrets]
 
 
 async def filled(database: Database, sealer: Sealer, *, rows: int = 3) -> None:
@@ -166,7 +170,9 @@ def damage(name: str, n: int, **values: Any) -> sa.Update:
     """Return an update of the nth row of a place."""
     place = BY_NAME[name]
     key = next(iter(place.table.primary_key.columns))
-    prefix = {"flows": "flo", "device_flows": "dev", "system_keys": "key"}.get(place.table.name, "con")
+    prefix = {"flows": "flo", "device_flows": "dev", "system_keys": "key", "webhook_events": "evt"}.get(
+        place.table.name, "con"
+    )
     named = f"connections/con_{n}" if place.table is SECRETS else f"{prefix}_{n}"
     return sa.update(place.table).where(key == named).values(**values)
 
