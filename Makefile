@@ -22,7 +22,8 @@ define HELP
   make soak         five minutes of a provider in trouble, with its figures
   make chaos        five minutes of proxied calls to an API in trouble, with their figures
   make bench        run the benchmarks; make bench-tokens the one of token hand-outs, bench-vault that of secrets in Vault,
-                    bench-proxy that of proxied calls (needs Go, and nginx or Debian's package of it)
+                    bench-proxy that of proxied calls (needs Go, and nginx or Debian's package of it), bench-webhooks that of
+                    webhooks taken in and delivered (needs Go, and webhook or Debian's package of it)
   make fresh-check  demo and test in a clone, with an empty home and nothing but Python and make on the path
   make lock         refresh requirements.lock and requirements-dev.lock (needs the package index)
   make clean        remove what the other targets made
@@ -33,7 +34,7 @@ define HELP
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-real vault redis check bench bench-tokens bench-vault bench-proxy peers crash soak chaos fresh-check lock \
+.PHONY: help demo test test-real vault redis check bench bench-tokens bench-vault bench-proxy bench-webhooks peers crash soak chaos fresh-check lock \
 	clean runtime-environment dev-environment check-lint check-format check-types check-imports check-rules
 
 help:
@@ -49,7 +50,7 @@ demo: runtime-environment
 	@$(BIN)/broker demo
 
 test: dev-environment
-	$(PYTEST) -m "not real" --ignore tests/real --cov --cov-report term $(TEST)
+	$(PYTEST) -n auto --dist worksteal -m "not real" --ignore tests/real --cov --cov-report term $(TEST)
 
 vault: dev-environment
 	@$(BIN)/python .ci/vault/build.py
@@ -87,7 +88,7 @@ check-imports:
 check-rules:
 	$(PYTEST) -q tests/test_rules.py tests/test_docs.py
 
-bench bench-tokens bench-vault bench-proxy: export PYTHONPATH := $(CURDIR)
+bench bench-tokens bench-vault bench-proxy bench-webhooks: export PYTHONPATH := $(CURDIR)
 
 bench-tokens: dev-environment
 	$(BIN)/python benchmarks/tokens.py
@@ -100,6 +101,9 @@ peers: dev-environment
 
 bench-proxy: dev-environment peers
 	$(BIN)/python benchmarks/proxy.py
+
+bench-webhooks: dev-environment peers
+	$(BIN)/python benchmarks/webhooks.py
 
 bench: dev-environment vault peers
 	$(if $(BENCHMARKS),,$(error there is nothing in benchmarks/))

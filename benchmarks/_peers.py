@@ -1,9 +1,9 @@
-"""Brings what proxy.py compares with: `python benchmarks/_peers.py`; Envoy and mitmproxy from PyPI, nginx from Debian.
+"""Brings what proxy.py and webhooks.py compare with: Envoy and mitmproxy from PyPI, nginx and webhook from Debian.
 
 Envoy and mitmproxy get a virtual environment of their own, `.venv-peers`, by the hashes in `peers/requirements.lock`
 (refreshed by `uv pip compile --universal --python-version 3.11 --generate-hashes` from `requirements.in` beside it). nginx is
-the one that is installed, else Debian's package is unpacked into `.cache`, without installing it. Go, from the PATH, builds
-`wire/`. What is there is not made again.
+the one that is installed, else Debian's package is unpacked into `.cache`, without installing it; so is webhook. Go, from the
+PATH, builds `wire/`. What is there is not made again. Run it by itself: `python benchmarks/_peers.py`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ VENV = ROOT / ".venv-peers"
 STAMP = VENV / ".stamp"
 ENVOY, MITMDUMP = VENV / "bin" / "envoy", VENV / "bin" / "mitmdump"
 CACHE = ROOT / ".cache" / "peers"
-UNPACKED_NGINX = CACHE / "usr" / "sbin" / "nginx"
+DEBIAN = {"nginx": "usr/sbin/nginx", "webhook": "usr/bin/webhook"}
 WIRE = CACHE / "wire"
 
 
@@ -31,7 +31,8 @@ def main() -> int:
     CACHE.mkdir(parents=True, exist_ok=True)
     try:
         _python_packages()
-        _nginx()
+        for name in DEBIAN:
+            _from_debian(name)
         _run("go", "build", "-trimpath", "-o", WIRE, ".", place=HERE / "wire")
     except (subprocess.CalledProcessError, FileNotFoundError) as error:
         print(f"the peers of the benchmark could not be made ready: {error}", file=sys.stderr)
@@ -39,10 +40,10 @@ def main() -> int:
     return 0
 
 
-def nginx() -> Path:
-    """Return where nginx is, or will be."""
-    installed = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
-    return Path(installed) if installed else UNPACKED_NGINX
+def debian(name: str) -> Path:
+    """Return where a program of ``DEBIAN`` is, or will be."""
+    installed = shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin")
+    return Path(installed) if installed else CACHE / DEBIAN[name]
 
 
 def _python_packages() -> None:
@@ -56,16 +57,16 @@ def _python_packages() -> None:
     STAMP.write_text(wanted, encoding="ascii")
 
 
-def _nginx() -> None:
-    if nginx().exists():
+def _from_debian(name: str) -> None:
+    if debian(name).exists():
         return
-    print("Unpacking Debian's nginx …", flush=True)
+    print(f"Unpacking Debian's {name} …", flush=True)
     try:
-        _run("apt-get", "-qq", "download", "nginx")
+        _run("apt-get", "-qq", "download", name)
     except subprocess.CalledProcessError:  # no lists of packages, or old ones
         _run("apt-get", "-qq", "update")
-        _run("apt-get", "-qq", "download", "nginx")
-    _run("dpkg", "-x", next(CACHE.glob("nginx_*.deb")), CACHE)
+        _run("apt-get", "-qq", "download", name)
+    _run("dpkg", "-x", next(CACHE.glob(f"{name}_*.deb")), CACHE)
 
 
 def _run(*command: str | Path, place: Path = CACHE) -> None:

@@ -29,7 +29,7 @@ from typing import Any
 
 import sqlalchemy as sa
 from _fill import ADMIN
-from _peers import ENVOY, MITMDUMP, WIRE, nginx
+from _peers import ENVOY, MITMDUMP, WIRE, debian
 from _servers import HERE, LOAD_CORE, Server, free_port, running, stay_on_load_core
 from sqlmodel import Session
 
@@ -194,7 +194,7 @@ def envoy(place: Path, far: Server) -> Iterator[Proxy]:
 def nginx_proxy(place: Path, far: Server) -> Iterator[Proxy]:
     """Run nginx with one process."""
     port = free_port()
-    command = [str(nginx()), "-p", str(place), "-c", str(filled("nginx.conf", place, port, far.port))]
+    command = [str(debian("nginx")), "-p", str(place), "-c", str(filled("nginx.conf", place, port, far.port))]
     with running(command, "/counters", port=port) as server:
         yield Proxy("nginx", server, peer_heads, place)
 

@@ -14,7 +14,7 @@ const lastAnswers = 30 * time.Second
 type measured struct {
 	PerSecond float64        `json:"per_second"` // answers that came in time
 	Statuses  map[string]int `json:"statuses"`   // of all answers
-	Wrong     int            `json:"wrong"`      // answers that were not the API's bytes
+	Wrong     int            `json:"wrong"`      // answers that were not what they had to be
 	P50Ms     float64        `json:"p50_ms"`
 	P99Ms     float64        `json:"p99_ms"`
 }
@@ -32,18 +32,33 @@ type load struct {
 	lanes     map[int]*lane
 	free      []*lane
 	waiting   []time.Time
-	requests  [][]byte
+	asks      asks
 	chance    *rand.Rand
 	latencies []float64
 	made      measured
-	right     []byte
 	buffer    []byte
 }
 
-// measure loads a proxy for some seconds: as fast as it answers, or with requests that arrive at a rate.
-func measure(port int, requests [][]byte, connections int, seconds, perSecond float64) any {
-	l := &load{poll: newPoller(), lanes: map[int]*lane{}, requests: requests, chance: rand.New(rand.NewSource(6)),
-		right: []byte(jsonBody()), buffer: make([]byte, mostRead)}
+// asks is what a load sends, and what it has to be answered; next's bytes are used before it is called again.
+type asks interface {
+	next(chance *rand.Rand) []byte
+	right(status int, body []byte) bool
+}
+
+// of is a list of requests, each of which the API answers with the same bytes.
+type of struct {
+	requests [][]byte
+	body     []byte
+}
+
+func (o of) next(chance *rand.Rand) []byte { return o.requests[chance.Intn(len(o.requests))] }
+
+func (o of) right(_ int, body []byte) bool { return bytes.Equal(body, o.body) }
+
+// measure loads a server for some seconds: as fast as it answers, or with requests that arrive at a rate.
+func measure(port int, what asks, connections int, seconds, perSecond float64) any {
+	l := &load{poll: newPoller(), lanes: map[int]*lane{}, asks: what, chance: rand.New(rand.NewSource(6)),
+		buffer: make([]byte, mostRead)}
 	l.made.Statuses = map[string]int{}
 	for range connections {
 		one := &lane{fd: dial(port)}
@@ -104,7 +119,7 @@ func (l *load) send(over, arriving bool) {
 			one.due = l.waiting[0]
 			l.waiting = l.waiting[1:]
 		}
-		request := l.requests[l.chance.Intn(len(l.requests))]
+		request := l.asks.next(l.chance)
 		count, err := syscall.Write(one.fd, request)
 		must(err)
 		if count != len(request) {
@@ -137,7 +152,7 @@ func (l *load) turn(one *lane) bool {
 	}
 	l.latencies = append(l.latencies, float64(time.Since(one.due).Nanoseconds())/1e6)
 	l.made.Statuses[strconv.Itoa(status)]++
-	if !bytes.Equal(body, l.right) {
+	if !l.asks.right(status, body) {
 		l.made.Wrong++
 	}
 	one.came = one.came[:0]

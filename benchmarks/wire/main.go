@@ -1,12 +1,16 @@
-// Wire is the far side and the near side of the proxy benchmark: an API that checks its credential, and the load.
+// Wire is the far side and the near side of the benchmarks: an API that checks its credential, a receiver of webhooks
+// that checks its signatures, and the load.
 //
 //	wire upstream PORT                                      serve until killed
 //	wire closed PORT REQUESTS CONNECTIONS SECONDS           each connection asks again once it was answered
 //	wire open PORT REQUESTS CONNECTIONS SECONDS PER_SECOND  requests arrive by chance, however long answers take
 //	wire down PORT REQUESTS BYTES AT_ONCE                   download that many bytes, several at once
 //	wire up PORT REQUESTS BYTES AT_ONCE                     upload them
+//	wire push PORT PUSH CONNECTIONS SECONDS PER_SECOND      post signed webhooks, each with a body and an id of its own;
+//	                                                        PER_SECOND 0: each connection again once it was answered
+//	wire receive PORT SECRET                                take deliveries until killed; the secret is a whsec_ one
 //
-// REQUESTS is a file with a JSON list of whole requests (for up: their heads), taken at random. Each load prints one line
+// PUSH is a file with a JSON object (push.go). REQUESTS is a file with a JSON list of whole requests (for up: their heads), taken at random. Each load prints one line
 // of JSON. Plain epoll instead of Go's own: with a native proxy between them, the two have one core for themselves.
 package main
 
@@ -36,9 +40,13 @@ func main() {
 	case "upstream":
 		serve(port)
 	case "closed":
-		made = measure(port, requests(3), number(4), float64(number(5)), 0)
+		made = measure(port, of{requests(3), []byte(jsonBody())}, number(4), float64(number(5)), 0)
+	case "push":
+		made = measure(port, pushOf(3), number(4), float64(number(5)), float64(number(6)))
+	case "receive":
+		receive(port, os.Args[3])
 	case "open":
-		made = measure(port, requests(3), number(4), float64(number(5)), float64(number(6)))
+		made = measure(port, of{requests(3), []byte(jsonBody())}, number(4), float64(number(5)), float64(number(6)))
 	case "down":
 		made = transfer(port, requests(3), number(4), number(5), download)
 	case "up":

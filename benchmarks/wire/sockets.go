@@ -67,6 +67,25 @@ func (p *poller) wait(longest time.Duration) []syscall.EpollEvent {
 	return p.events[:count]
 }
 
+func listen(port int) int {
+	listener, err := syscall.Socket(syscall.AF_INET, syscall.SOCK_STREAM|syscall.SOCK_NONBLOCK, 0)
+	must(err)
+	must(syscall.SetsockoptInt(listener, syscall.SOL_SOCKET, syscall.SO_REUSEADDR, 1))
+	must(syscall.Bind(listener, &syscall.SockaddrInet4{Port: port, Addr: [4]byte{127, 0, 0, 1}}))
+	must(syscall.Listen(listener, 1024))
+	return listener
+}
+
+// accept returns a client, or -1 where it has left already.
+func accept(listener int) int {
+	fd, _, err := syscall.Accept4(listener, syscall.SOCK_NONBLOCK)
+	if err != nil {
+		return -1
+	}
+	must(syscall.SetsockoptInt(fd, syscall.IPPROTO_TCP, syscall.TCP_NODELAY, 1))
+	return fd
+}
+
 // blocked says whether an error means "not now".
 func blocked(err error) bool {
 	return err == syscall.EAGAIN || err == syscall.EINTR

@@ -28,11 +28,7 @@ type api struct {
 }
 
 func serve(port int) {
-	listener, err := syscall.Socket(syscall.AF_INET, syscall.SOCK_STREAM|syscall.SOCK_NONBLOCK, 0)
-	must(err)
-	must(syscall.SetsockoptInt(listener, syscall.SOL_SOCKET, syscall.SO_REUSEADDR, 1))
-	must(syscall.Bind(listener, &syscall.SockaddrInet4{Port: port, Addr: [4]byte{127, 0, 0, 1}}))
-	must(syscall.Listen(listener, 1024))
+	listener := listen(port)
 	a := &api{poll: newPoller(), clients: map[int]*client{}, buffer: make([]byte, mostRead), json: answerOf(jsonBody())}
 	a.poll.watch(syscall.EPOLL_CTL_ADD, listener, syscall.EPOLLIN)
 	for {
@@ -59,11 +55,10 @@ func answerOf(body string) []byte {
 }
 
 func (a *api) accept(listener int) {
-	fd, _, err := syscall.Accept4(listener, syscall.SOCK_NONBLOCK)
-	if err != nil {
+	fd := accept(listener)
+	if fd < 0 {
 		return
 	}
-	must(syscall.SetsockoptInt(fd, syscall.IPPROTO_TCP, syscall.TCP_NODELAY, 1))
 	a.clients[fd] = &client{fd: fd}
 	a.poll.watch(syscall.EPOLL_CTL_ADD, fd, syscall.EPOLLIN)
 }

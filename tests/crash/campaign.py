@@ -65,7 +65,7 @@ STOPPED_SECONDS = 60.0  # at most: a lease is over after 32, the integration's 2
 
 @dataclass
 class Process:
-    """One `broker serve`; ``owner`` is its name in leases."""
+    """One `broker serve`, or `broker worker` at port 0; ``owner`` is its name in leases."""
 
     pid: int
     port: int
@@ -96,26 +96,40 @@ class Forks:
         self._forking = asyncio.Lock()
         self.alive: set[int] = set()
 
-    async def fork(self) -> Process:
-        """Start a process and wait until it serves."""
+    async def fork(self, *flags: str) -> Process:
+        """Start a `broker serve` and wait until it serves."""
+        port = free_port()
+        process = await self._fork(port, "serve", "--port", str(port), *flags)
+        await is_up(port)
+        return process
+
+    async def fork_worker(self) -> Process:
+        """Start a `broker worker` and wait until it works."""
+        process = await self._fork(0, "worker")
+        async with asyncio.timeout(60):
+            while b"worker.started" not in process.log.read_bytes():  # noqa: ASYNC110 - another process writes it
+                await asyncio.sleep(0.01)
+        return process
+
+    async def _fork(self, port: int, *command: str) -> Process:
         self._made += 1
-        port, log = free_port(), self._site.settings.data_dir / f"process-{self._made}.log"
+        log = self._site.settings.data_dir / f"process-{self._made}.log"
+        log.touch()
         assert self._server.stdin is not None
         assert self._server.stdout is not None
         async with self._forking:
-            self._server.stdin.write(f"{port} {log}\n".encode())
+            self._server.stdin.write(f"{log} {' '.join(command)}\n".encode())
             process = Process(int(await self._server.stdout.readline()), port, log)
         self.alive.add(process.pid)
-        await is_up(port)
         return process
 
 
 @contextlib.asynccontextmanager
-async def open_forks(site: Site) -> AsyncIterator[Forks]:
-    """Run the process that forks; whatever it made is killed at the end."""
+async def open_forks(site: Site, **more: str) -> AsyncIterator[Forks]:
+    """Run the process that forks; whatever it made is killed at the end. ``more``: of its environment."""
     server = await asyncio.create_subprocess_exec(
         *(sys.executable, str(ROOT / "tests" / "crash" / "forking.py")),
-        env=process_environment(site),
+        env=process_environment(site, **more),
         cwd=site.settings.data_dir,
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,

@@ -1,4 +1,4 @@
-"""Imports the broker once and forks a `broker serve` for each line on standard input, a port and a log: ready in a moment.
+"""Imports the broker once and forks one for each line on standard input, a log and the command: ready in a moment.
 
 Writes the process's id for each. The forked process runs the command's own code; it ends by signals only.
 """
@@ -17,15 +17,15 @@ import broker.cli.processes
 __all__ = ["broker"]
 
 
-def become_broker(port: str, log: str) -> None:
-    """Run the command in this process, which was just forked."""
+def become_broker(log: str, *command: str) -> None:
+    """Run the command, such as `serve --port 8000`, in this process, which was just forked."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     with open(log, "ab") as file, open(os.devnull, "rb") as nothing:  # noqa: PTH123 - descriptors are what is needed
         os.dup2(nothing.fileno(), 0)
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     random.seed()  # else every process would draw the same
-    sys.argv = ["broker", "serve", "--port", port]
+    sys.argv = ["broker", *command]
     from broker.cli import main  # noqa: PLC0415 - only in the forked process
 
     main()
@@ -36,10 +36,10 @@ def keep_forking() -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the dead are gone at once
     gc.freeze()
     for line in sys.stdin:
-        port, log = line.split()
+        log, *command = line.split()
         process_id = os.fork()
         if process_id == 0:
-            become_broker(port, log)
+            become_broker(log, *command)
             os._exit(1)
         sys.stdout.write(f"{process_id}\n")
         sys.stdout.flush()
