@@ -17,13 +17,20 @@ define HELP
   make test-real    tests against real parts that npm, Debian or Go bring (needs npm)
   make redis        unpack Debian's Redis for test-real, where none is installed
   make vault        build the HashiCorp Vault for test-real from its sources, once (needs Go; four minutes)
+  make helm-tools   build Helm for test-real and bring what judges the chart, once (needs Go; three minutes)
+  make test-k8s     the chart on a real Kubernetes API server, which is built first, once (needs Go and Debian; ten minutes)
+  make image        build the container image without a Docker engine, on a stand-in base (needs root, Debian and Go)
   make check        ruff, formatting, types, import layers, locks, rules, docs
   make crash        the crash and load campaigns in full length
   make soak         five minutes of a provider in trouble, with its figures
   make chaos        five minutes of proxied calls to an API in trouble, with their figures
   make bench        run the benchmarks; make bench-tokens the one of token hand-outs, bench-vault that of secrets in Vault,
                     bench-proxy that of proxied calls (needs Go, and nginx or Debian's package of it), bench-webhooks that of
-                    webhooks taken in and delivered (needs Go, and webhook or Debian's package of it)
+                    webhooks taken in and delivered (needs Go, and webhook or Debian's package of it), bench-rolling that of
+                    restarts, kills and outages under load (needs Go), bench-overload that of four times what can be served
+  make soak-mixed   half an hour of everything at once: memory, open files and tables stay flat (needs Go; SECONDS=…)
+  make sbom         the SBOM (CycloneDX) and the licence list of what is installed with the broker, into dist/
+  make audit-dependencies  ask a database of known holes about every line of the locks (needs the internet)
   make fresh-check  demo and test in a clone, with an empty home and nothing but Python and make on the path
   make lock         refresh requirements.lock and requirements-dev.lock (needs the package index)
   make clean        remove what the other targets made
@@ -34,7 +41,7 @@ define HELP
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-real vault redis check bench bench-tokens bench-vault bench-proxy bench-webhooks peers crash soak chaos fresh-check lock \
+.PHONY: help demo test test-real test-k8s helm-tools vault redis image check bench bench-tokens bench-vault bench-proxy bench-webhooks bench-rolling bench-overload soak-mixed peers crash soak chaos fresh-check lock sbom audit-dependencies \
 	clean runtime-environment dev-environment check-lint check-format check-types check-imports check-rules
 
 help:
@@ -62,10 +69,48 @@ vault: dev-environment
 		--only-binary :all: -r $<
 	touch $@
 
+# As do the tools that list and audit what the broker is made of.
+.venv-sbom/.ready: .ci/sbom/requirements.lock
+	$(PYTHON) -m venv --clear .venv-sbom
+	.venv-sbom/bin/python -m pip install --quiet --no-input --disable-pip-version-check --require-hashes --no-deps \
+		--only-binary :all: -r $<
+	touch $@
+
+sbom: runtime-environment .venv-sbom/.ready
+	@$(BIN)/python .ci/sbom/make.py dist
+
+audit-dependencies: runtime-environment .venv-sbom/.ready
+	@$(BIN)/python .ci/sbom/audit.py requirements.lock requirements-dev.lock .ci/sbom/requirements.lock
+
+# What judges the chart's objects, too: its pins are not the broker's.
+.venv-helm/.ready: tests/real/helm/requirements.lock
+	$(PYTHON) -m venv --clear .venv-helm
+	.venv-helm/bin/python -m pip install --quiet --no-input --disable-pip-version-check --require-hashes --no-deps \
+		--only-binary :all: -r $<
+	touch $@
+
+helm-tools: dev-environment .venv-helm/.ready
+	@$(BIN)/python .ci/helm/tools.py helm
+
+# Not in .ci/run: the API server takes ten minutes to build on a fresh machine.
+test-k8s: dev-environment helm-tools
+	@$(BIN)/python .ci/helm/tools.py kubernetes
+	$(PYTEST) tests/kubernetes $(TEST)
+
+# So does the API fuzzer.
+.venv-schemathesis/.ready: tests/real/schemathesis/requirements.lock
+	$(PYTHON) -m venv --clear .venv-schemathesis
+	.venv-schemathesis/bin/python -m pip install --quiet --no-input --disable-pip-version-check --require-hashes --no-deps \
+		--only-binary :all: -r $<
+	touch $@
+
 redis: dev-environment
 	@$(BIN)/python tests/real/redis_server.py
 
-test-real: dev-environment vault redis .venv-sdks/.ready
+image:
+	@$(PYTHON) .ci/image/engine.py build
+
+test-real: dev-environment vault redis image .venv-sdks/.ready .venv-schemathesis/.ready .venv-sbom/.ready helm-tools
 	cd tests/real && npm ci --no-audit --no-fund
 	$(PYTEST) tests/real $(TEST)
 
@@ -88,7 +133,7 @@ check-imports:
 check-rules:
 	$(PYTEST) -q tests/test_rules.py tests/test_docs.py
 
-bench bench-tokens bench-vault bench-proxy bench-webhooks: export PYTHONPATH := $(CURDIR)
+bench bench-tokens bench-vault bench-proxy bench-webhooks bench-rolling bench-overload soak-mixed: export PYTHONPATH := $(CURDIR)
 
 bench-tokens: dev-environment
 	$(BIN)/python benchmarks/tokens.py
@@ -104,6 +149,15 @@ bench-proxy: dev-environment peers
 
 bench-webhooks: dev-environment peers
 	$(BIN)/python benchmarks/webhooks.py
+
+bench-rolling: dev-environment vault
+	$(BIN)/python benchmarks/rolling.py
+
+bench-overload: dev-environment
+	$(BIN)/python benchmarks/overload.py
+
+soak-mixed: dev-environment vault
+	$(BIN)/python benchmarks/_soak.py $(SECONDS)
 
 bench: dev-environment vault peers
 	$(if $(BENCHMARKS),,$(error there is nothing in benchmarks/))
@@ -130,8 +184,17 @@ lock: dev-environment
 		--extra build --extra dev --constraint requirements.lock $(UPGRADE) -o requirements-dev.lock
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-header --no-annotate --python-version 3.11 \
 		tests/real/sdks/requirements.in $(UPGRADE) -o tests/real/sdks/requirements.lock
+	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-header --no-annotate --python-version 3.11 \
+		tests/real/schemathesis/requirements.in $(UPGRADE) -o tests/real/schemathesis/requirements.lock
+	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-header --no-annotate --python-version 3.11 \
+		.ci/image/requirements.in $(UPGRADE) -o .ci/image/requirements.lock
+	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-header --no-annotate --python-version 3.11 \
+		tests/real/helm/requirements.in $(UPGRADE) -o tests/real/helm/requirements.lock
+	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-header --no-annotate --python-version 3.11 \
+		.ci/sbom/requirements.in $(UPGRADE) -o .ci/sbom/requirements.lock
 
 clean:
-	rm -rf .venv .venv-sdks .venv-peers .cache .coverage .coverage.* htmlcov .pytest_cache .mypy_cache .ruff_cache .import_linter_cache \
+	@$(PYTHON) .ci/image/engine.py clean
+	rm -rf .venv .venv-sdks .venv-schemathesis .venv-helm .venv-sbom .venv-peers .cache .coverage .coverage.* htmlcov .pytest_cache .mypy_cache .ruff_cache .import_linter_cache \
 		.hypothesis dist tests/real/node_modules
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

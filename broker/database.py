@@ -149,6 +149,12 @@ class Database(Protocol):
     async def read(self, work: Callable[[Session], T]) -> T:
         """Run ``work`` without a transaction: each statement sees what is committed. Writes are refused."""
 
+    async def read_aside(self, work: Callable[[Session], T]) -> T:
+        """As ``read``, for what may look at thousands of rows: nothing else of this process waits for it meanwhile.
+
+        On SQLite one such read runs after the other, on a thread: ``work`` must not touch what belongs to the event loop.
+        """
+
     async def query(self, work: Callable[[sa.Connection], T]) -> T:
         """As ``read``, on a plain connection: spares the session where many queries are made and no objects."""
 
@@ -231,6 +237,7 @@ class SqliteDatabase:
         self._plain: sqlite3.Connection | None = None
         self._reader = _sqlite_reader(path, min(busy_timeout_seconds, LOOP_BUSY_TIMEOUT_SECONDS), clock)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sqlite-writer")
+        self._aside = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sqlite-aside")
         self._kept: sa.Connection | None = None  # for queries: to check one out of the pool costs 27 µs
         self._wrote_at = 0.0
         self._closed = False
@@ -296,8 +303,18 @@ class SqliteDatabase:
     async def _read(self, work: Callable[[Session], T]) -> T:
         if self._closed:
             raise DatabaseUnavailable
+        return self._read_now(work)
+
+    def _read_now(self, work: Callable[[Session], T]) -> T:
         with Session(self._reader, expire_on_commit=False) as session:
             return work(session)
+
+    async def read_aside(self, work: Callable[[Session], T]) -> T:
+        """See ``Database``. A cancelled caller does not stop a read that has begun."""
+        if self._closed:
+            raise DatabaseUnavailable
+        loop = asyncio.get_running_loop()
+        return await _translated(loop.run_in_executor(self._aside, lambda: self._read_now(work)))
 
     async def query(self, work: Callable[[sa.Connection], T]) -> T:
         """See ``Database``."""
@@ -334,6 +351,7 @@ class SqliteDatabase:
     async def aclose(self) -> None:
         """See ``Database``; a transaction under way is finished first."""
         self._closed = True
+        await asyncio.to_thread(self._aside.shutdown)
         await asyncio.to_thread(self._thread.shutdown)
         if self._kept is not None:
             self._kept.close()
@@ -487,6 +505,10 @@ class PostgresDatabase:
         return await _translated(
             self._again_if_dead(lambda: self._run(self._reader, self._readers, work, commit=False))
         )
+
+    async def read_aside(self, work: Callable[[Session], T]) -> T:
+        """See ``Database``: here no read holds anything up."""
+        return await self.read(work)
 
     async def _again_if_dead(self, action: Callable[[], Awaitable[T]]) -> T:
         """Do it once more where a connection was found dead: that ends the others of its pool too."""

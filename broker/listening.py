@@ -24,6 +24,7 @@ from broker.errors import BrokerError, InvalidRequest, UpgradeUnsupported
 
 MAX_HEAD_BYTES: Final = 64 * 1024
 HEAD_SECONDS: Final = 20.0
+BODY_SECONDS: Final = 60.0  # between two pieces of a body
 TOO_LARGE: Final = "The request's head is too large."
 NO_HOST: Final = "The request must have one Host field, of a host name and perhaps a port."
 UNSPOKEN_METHODS: Final = frozenset({b"CONNECT", b"TRACE"})
@@ -34,6 +35,7 @@ UNUSUAL: Final = frozenset({b"connection", b"transfer-encoding"})
 RAW_TARGET: Final = "broker.raw_target"  # in the scope: the request target, byte for byte
 CUT: Final = "broker.cut"  # a message type: end the connection amid an answer, so that it cannot pass as whole
 BARE: Final = "broker.bare"  # in the start of an answer: it brings its own Date
+LEAVING: Final = "leaving"  # in the lifespan's state: its ``begun`` says that the process is about to end
 GONE: Final = "broker.gone"  # in the scope: a list of what to call, without arguments, when the client is gone
 LOOK_SECONDS: Final = 1.0
 _GONE_EVENTS: Final = getattr(select, "POLLRDHUP", 0)  # beside an error and the end of both ways, which always tell
@@ -131,6 +133,8 @@ class WholeAnswers(RequestResponseCycle):
 class BoundedHttp(HttpToolsProtocol):
     """Refuses requests that could mean two things, and those whose head is over 64 KiB or takes more than 20 s.
 
+    A body of which nothing comes for 60 s ends its connection, unless it is we who do not read.
+
     The parser keeps whatever comes, and copies it at each read. Framing between chunks of a body counts like a head.
 
     It refuses two lengths by itself, but not: a target that is no path, TRACE and CONNECT, none or two or an odd ``Host``,
@@ -146,6 +150,7 @@ class BoundedHttp(HttpToolsProtocol):
     """
 
     head_seconds: float = HEAD_SECONDS
+    body_seconds: float = BODY_SECONDS
 
     def __init__(
         self,
@@ -162,6 +167,8 @@ class BoundedHttp(HttpToolsProtocol):
         self._idle_bytes = 0  # since the parser last got anywhere
         self._advanced = False
         self._head_timer: asyncio.TimerHandle | None = None
+        self._body_timer: asyncio.TimerHandle | None = None
+        self._heard_at = 0.0  # when the last piece of a body came that is not whole
         self._has_host = self._has_body = False
         self._last = False  # nothing may follow this request
         self._refusal: BrokerError | None = None
@@ -177,8 +184,9 @@ class BoundedHttp(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop the clocks, and tell every request that is not answered whole: uvicorn tells the newest alone."""
         self._stop_clock()
-        if self._look_timer is not None:
-            self._look_timer.cancel()
+        for timer in (self._look_timer, self._body_timer):
+            if timer is not None:
+                timer.cancel()
         while self.pipeline:
             self.pipeline.pop()[0].disconnected = True  # and it is not begun
         try:
@@ -198,6 +206,8 @@ class BoundedHttp(HttpToolsProtocol):
         super().data_received(data)
         if self._in_head and not self._ended and self._head_timer is None:
             self._start_clock()
+        if not self._in_head:
+            self._await_body()
         self._idle_bytes = 0 if self._advanced else self._idle_bytes + len(data)
         if self._idle_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
             self.send_400_response(TOO_LARGE)
@@ -247,10 +257,29 @@ class BoundedHttp(HttpToolsProtocol):
         self.scope[RAW_TARGET] = self.url  # type: ignore[typeddict-unknown-key] # ours, beside the framework's
         self.scope[GONE] = []  # type: ignore[typeddict-unknown-key]
         super().on_headers_complete()
-        if self._last:
+        if self._last or self._is_leaving():
             self.cycle.keep_alive = False
         if self.flow.read_paused:
             self._look_later()
+
+    def _is_leaving(self) -> bool:
+        leaving = self.app_state.get(LEAVING)
+        return leaving is not None and leaving.begun
+
+    def shutdown(self) -> None:
+        """Close an idle connection, as uvicorn does when the process ends, but not one on which a request has come.
+
+        That one is answered, and ends with it.
+        """
+        idle = self.cycle is None or self.cycle.response_complete
+        if idle and self._is_leaving() and (self._idle_bytes or self._has_unread()):
+            return
+        super().shutdown()
+
+    def _has_unread(self) -> bool:
+        poll = select.poll()
+        poll.register(self.transport.get_extra_info("socket").fileno(), select.POLLIN)
+        return bool(poll.poll(0))
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:  # noqa: ANN401
         cycle.__class__ = WholeAnswers  # its task has not begun
@@ -339,6 +368,23 @@ class BoundedHttp(HttpToolsProtocol):
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
+
+    def _await_body(self) -> None:
+        self._heard_at = self.loop.time()
+        if self._body_timer is None:
+            self._body_timer = self.loop.call_later(self.body_seconds, self._look_for_body)
+
+    def _look_for_body(self) -> None:
+        """End a connection whose body does not come; one timer for all its pieces."""
+        self._body_timer = None
+        if self._in_head:
+            return
+        left_seconds = self._heard_at + self.body_seconds - self.loop.time()
+        if self.flow.read_paused or left_seconds > 0:
+            wait_seconds = self.body_seconds if self.flow.read_paused else left_seconds
+            self._body_timer = self.loop.call_later(wait_seconds, self._look_for_body)
+        else:
+            self.transport.abort()
 
     def _head_is_late(self) -> None:
         self._head_timer = None

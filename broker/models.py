@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import secrets
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, overload
 
 from sqlalchemy import JSON, BigInteger, Column, Float, Index, Integer, LargeBinary, Text, UniqueConstraint, text
 from sqlmodel import Field, SQLModel
@@ -50,6 +50,10 @@ def new_ordered_ids(prefix: str, count: int, at: float) -> list[str]:
     return [f"{prefix}_{time_part}{one[len(prefix) + 1 + ORDERED_LENGTH :]}" for one in new_ids(prefix, count)]
 
 
+@overload
+def rfc3339(epoch_seconds: float) -> str: ...
+@overload
+def rfc3339(epoch_seconds: float | None) -> str | None: ...
 def rfc3339(epoch_seconds: float | None) -> str | None:
     """Return the RFC 3339 form in UTC with milliseconds, or None for None."""
     if epoch_seconds is None:

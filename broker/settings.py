@@ -79,6 +79,8 @@ class Settings(BaseSettings):
     data_dir: Path = Path("broker-data")
     database_url: Annotated[str, Field(repr=False)] = ""
     routes: Groups = ("public", "private", "admin")
+    drain_seconds: Annotated[float, Field(ge=0, le=600)] | None = None
+    grace_seconds: Annotated[int, Field(ge=1, le=3600)] = 30
     vault: Literal["local", "hashicorp"] = "local"
     vault_fallback: Literal["local", "hashicorp"] | None = None
     vault_mount: str = "secret"
@@ -144,6 +146,11 @@ class Settings(BaseSettings):
     def effective_database_url(self) -> str:
         """The configured URL, else SQLite in the data directory."""
         return self.database_url or f"sqlite:///{self.data_dir / 'broker.db'}"
+
+    @property
+    def effective_drain_seconds(self) -> float:
+        """The configured seconds, else those of the environment: nobody wants to wait in development."""
+        return self.drain_seconds if self.drain_seconds is not None else 0.0 if self.development else 5.0
 
     @property
     def vault_ca_file(self) -> Path | None:

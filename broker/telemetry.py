@@ -274,8 +274,12 @@ class _Output:
         return self.lines
 
 
-def access_line(method: str, route: str, status: int, seconds: float, request_id: str) -> None:
+def access_line(
+    method: str, route: str, status: int, seconds: float, request_id: str, *, trace_id: str | None = None
+) -> None:
     """Write the line of one answered request, ``http`` with these fields; in an event loop. ``route`` is one of ours.
+
+    ``trace_id``: 32 hexadecimal digits, None for a request of no trace.
 
     Where lines are JSON it is put together by hand, as the processors would: 4 µs instead of 60 for each request. Nothing
     in it can be a secret then: the method is a known one, the rest are numbers and our own words, and a request id that
@@ -285,13 +289,15 @@ def access_line(method: str, route: str, status: int, seconds: float, request_id
     output, ms = config["logger_factory"], round(seconds * 1000, 1)
     by_hand = isinstance(output, _Output) and isinstance(output.renderer, structlog.processors.JSONRenderer)
     if not by_hand or method not in METHODS or config["processors"][-1] is not output.renderer:
-        structlog.get_logger().info("http", method=method, route=route, status=status, ms=ms, request_id=request_id)
+        fields = {"request_id": request_id} if trace_id is None else {"request_id": request_id, "trace_id": trace_id}
+        structlog.get_logger().info("http", method=method, route=route, status=status, ms=ms, **fields)
     elif output.level <= logging.INFO:
         shown_id = request_id if OWN_REQUEST_ID.fullmatch(request_id) else masked(request_id)
+        trace = "" if trace_id is None else f'"trace_id": "{trace_id}", '
         at = datetime.now(UTC).isoformat(timespec="microseconds")[:-6]
         output.lines.soon(
             f'{{"method": "{method}", "route": "{route}", "status": {status}, "ms": {ms}, '
-            f'"request_id": "{shown_id}", "event": "http", "level": "info", "at": "{at}Z"}}'
+            f'"request_id": "{shown_id}", {trace}"event": "http", "level": "info", "at": "{at}Z"}}'
         )
 
 
@@ -386,6 +392,13 @@ class Metrics:
     webhook_deliveries: Gauge
     webhook_events_waiting: Gauge
     webhook_oldest_seconds: Gauge
+    connections: Gauge
+    key_age: Gauge
+    audit_unsigned: Gauge
+    audit_unsigned_seconds: Gauge
+    audit_copies_failing: Gauge
+    vault_seconds: Histogram
+    vault_failures: Counter
     _known: dict[tuple[str, ...], Any] = field(default_factory=dict, repr=False)  # finding a label's child costs 2 µs
 
     def http_request(self, route: str, method: str, status: int, seconds: float) -> None:
@@ -465,6 +478,30 @@ class Metrics:
         """Note how long after its event was committed a delivery was tried first."""
         self.webhook_first_attempt_seconds.observe(seconds)
 
+    def connections_by_status(self, counts: Mapping[str, int]) -> None:
+        """Show how many connections have each status."""
+        for status, count in counts.items():
+            self.connections.labels(status).set(count)
+
+    def key_ages(self, seconds: Mapping[str, float]) -> None:
+        """Show for how long each class of keys has had its current one."""
+        for name, age_seconds in seconds.items():
+            self.key_age.labels(name).set(age_seconds)
+
+    def audit_tail(self, records: int, seconds: float) -> None:
+        """Show how many records no checkpoint covers, and how long ago the first of them was written."""
+        self.audit_unsigned.set(records)
+        self.audit_unsigned_seconds.set(seconds)
+
+    def vault_answer(self, operation: str, seconds: float, available: bool) -> None:  # noqa: FBT001 - as ``TimedVault`` calls it
+        """Note an answer of the secret store, and how long it took; count one that says that it cannot be used."""
+        known = self._known.get(("vault", operation))
+        if known is None:
+            known = self._known["vault", operation] = self.vault_seconds.labels(operation)
+        known.observe(seconds)
+        if not available:
+            self.vault_failures.labels(operation).inc()
+
     def caller_key_ends(self, ends_at: float | None) -> None:
         """Show when the next live caller key ends, seconds since 1970; infinity for never."""
         self.caller_key_end.set(math.inf if ends_at is None else ends_at)
@@ -498,6 +535,7 @@ def new_metrics(registry: CollectorRegistry | None = None) -> Metrics:
         caller_rows_forged=counter("caller_rows_forged", "Looks at a caller's row that the broker did not write"),
         rate_store_failures=counter("rate_store_failures", "Questions about shared rates that Redis did not answer"),
         **_webhook_metrics(registry),
+        **_standing_metrics(registry),
         caller_key_end=gauge(
             "caller_key_end_timestamp_seconds", "When the next live caller key ends, as the worker saw"
         ),
@@ -533,6 +571,34 @@ def _webhook_metrics(registry: CollectorRegistry) -> dict[str, Any]:
             "webhook_first_attempt_seconds",
             "From the commit of an event to the first attempt at a delivery of it",
             buckets=(*BUCKETS_SECONDS, 60.0, 300.0, 3600.0),
+        ),
+    }
+
+
+def _standing_metrics(registry: CollectorRegistry) -> dict[str, Any]:
+    gauge = functools.partial(Gauge, namespace="broker", registry=registry)
+    return {
+        "connections": gauge("connections", "Connections, as the worker saw within a minute", ("status",)),
+        "key_age": gauge("key_age_seconds", "How long the current key of a class has been in use", ("class",)),
+        "audit_unsigned": gauge("audit_unsigned_records", "Audit records that no checkpoint covers yet"),
+        "audit_unsigned_seconds": gauge(
+            "audit_unsigned_seconds", "How long ago the first of these records was written, 0 without one"
+        ),
+        "audit_copies_failing": gauge("audit_copies_failing", "Audit sinks that lack records of this process"),
+        "vault_seconds": Histogram(
+            "vault_seconds",
+            "Time until the secret store answered",
+            ("operation",),
+            namespace="broker",
+            buckets=(0.0005, 0.001, 0.0025, *BUCKETS_SECONDS),
+            registry=registry,
+        ),
+        "vault_failures": Counter(
+            "vault_failures",
+            "Calls that the secret store could not answer",
+            ("operation",),
+            namespace="broker",
+            registry=registry,
         ),
     }
 

@@ -55,13 +55,14 @@ from providers.webhook_keys import (
     secret_bytes,
     standard_pair,
 )
-from providers.webhook_places import Body, field, optional_field, with_member
+from providers.webhook_places import Body, field, optional_field, unproven_body, with_member
 
 TimeForm = Literal["seconds", "milliseconds", "either", "rfc3339", "text"]
 TEMPLATE_PART: Final = re.compile(r"\{([a-z_]+)\}")
 TEMPLATE_PARTS: Final[frozenset[Covered]] = frozenset({"method", "url", "timestamp", "delivery_id", "body"})
 SECONDS: Final = 300.0
 MOST_SIGNATURES: Final = 16
+MOST_FIELDS: Final = 1000  # of a form that has proven nothing yet
 # What RFC 3986 lets into an address. A URL that is signed before a body, with nothing between, must not take a part of it.
 _URL = re.compile(r"https?://[A-Za-z0-9._~:/?@!$&'()*+,;=%-]+")
 _TIMES: Mapping[TimeForm, re.Pattern[str]] = {  # of fixed length, so that no digit can be passed on to what follows
@@ -334,7 +335,7 @@ def shared_token(place: Place, *, prefix: str = "", as_base64: bool = False) -> 
     def told(received: Received) -> list[str]:
         if isinstance(place, Header):
             return [field(received, place.name)]
-        values = Body(received.body).found(place.pointer)
+        values = unproven_body(received).found(place.pointer)
         if not values or None in values:
             raise WebhookRefused("member_missing")
         return [value for value in values if value is not None]
@@ -397,7 +398,7 @@ def hmac_of_members(
 
     def verify(received: Received, keys: SourceKeys) -> Dialogue[Proof]:
         yield from ()
-        body = Body(received.body)
+        body = unproven_body(received)
         whole = text(body)
         index = _matching(layout, open_key, keys.secrets, [member(body, signature)], whole)
         signed_at = read_time(member(body, timestamp, "timestamp_missing"), "seconds") if timestamp else None
@@ -475,7 +476,8 @@ def _sorted_form(received: Received) -> bytes:
     if kind != "application/x-www-form-urlencoded":
         raise WebhookRefused("body_not_signed")
     try:
-        pairs = parse_qsl(received.body.decode("ascii"), keep_blank_values=True, errors="strict")
+        text = received.body.decode("ascii")
+        pairs = parse_qsl(text, keep_blank_values=True, errors="strict", max_num_fields=MOST_FIELDS)
     except ValueError:
         raise WebhookRefused("body_malformed") from None
     return "".join(name + value for name, value in sorted(set(pairs))).encode("utf-8", "surrogatepass")

@@ -119,12 +119,27 @@ def _options(command: Any) -> set[str]:
     }
 
 
+def _metrics() -> set[str]:
+    """Return what `/metrics` may show, whether or not it has a value yet."""
+
+    async def collect(place: Path) -> set[str]:
+        settings = load_settings({}, directory=place, env="development", data_dir=place)
+        async with open_parts(settings) as parts:
+            return {
+                f"{one.name}_total" if one.type == "counter" else one.name for one in parts.metrics.registry.collect()
+            }
+
+    with tempfile.TemporaryDirectory() as place:
+        return {name for name in asyncio.run(collect(Path(place))) if name.startswith("broker_")}
+
+
 PAGES = {
     "error codes": Page("docs/errors.md", r"^## (\S+)$", lambda: set(all_codes())),
     "settings": Page("docs/settings.md", r"^### (BROKER_\S+)$", _settings),
     "client credentials": Page("docs/settings.md", r"`([A-Z][A-Z0-9_]*_CLIENT_(?:ID|SECRET))`", _client_credentials),
     "providers": Page("docs/providers.md", r"^## (\S+)$", lambda: set(load_catalog())),
     "routes": Page("docs/api.md", r"^\| `([A-Z]+ /\S*)` \|", _routes),
+    "metrics": Page("docs/observability.md", r"^\| `(broker_\w+)` \|", _metrics),
     "commands": Page("docs/cli.md", r"^## (broker .+)$", lambda: set(_command_tree())),
 }
 

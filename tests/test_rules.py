@@ -38,6 +38,7 @@ REVEALS: dict[str, str] = {
     "broker.callers": "finds who a key or a token belongs to",
     "broker.callers.keys": "keeps the digest of a new caller key",
     "broker.cli.callers": "prints a new caller key, once",
+    "broker.cli.doctor.surroundings": "asks Redis whether it answers",
     "broker.cli.event_stream": "sends the caller key to the broker that was named",
     "broker.cli.processes": "checks the form of the admin key",
     "broker.cli.webhook_kinds": "has the settings of a source checked, which a command was given",

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any
 
 from litestar import Router, get
 from litestar.di import NamedDependency
@@ -12,6 +10,7 @@ from litestar.params import FromPath, FromQuery
 
 from broker import policy
 from broker.activity import Activity, Tally, percentile, shown
+from broker.api import answers
 from broker.api.requests import checked_limit, page, position_of, problems
 from broker.errors import FieldError, InvalidRequest
 from broker.integrations import Figures, Integrations
@@ -23,7 +22,6 @@ UNITS = {"m": 60.0, "h": 3600.0, "d": 86_400.0}
 LONGEST_WINDOW_SECONDS = 7 * 86_400.0
 LONGEST_TEXT = 200
 READERS: tuple[Role, ...] = ("operator", "auditor", "security")
-PERCENTILES = {"p50_latency_ms": 0.5, "p95_latency_ms": 0.95, "p99_latency_ms": 0.99}
 
 
 @get("/integrations/{name:str}/metrics", responses=problems(403, 404))
@@ -33,7 +31,7 @@ async def show_metrics(
     integrations: NamedDependency[Integrations],
     activity: NamedDependency[Activity],
     window: FromQuery[str] = "24h",
-) -> dict[str, Any]:
+) -> answers.IntegrationFigures:
     """Show totals over all replicas: ``window`` is minutes, hours or days, such as 5m, 1h or 7d, at most 7 days."""
     policy.require_role(principal, *READERS)
     seconds = window_seconds(window)
@@ -51,7 +49,7 @@ def window_seconds(window: str) -> float:
     return seconds
 
 
-def metrics_json(of_lines: Figures, of_calls: Tally) -> dict[str, Any]:
+def metrics_json(of_lines: Figures, of_calls: Tally) -> answers.Figures:
     """Return the figures of flows, refreshes and tests together with those of proxied calls; rates are null of nothing."""
     total, failures = of_lines.total + of_calls.calls, of_lines.failures + of_calls.failures
     timed = of_lines.timed + of_calls.calls
@@ -63,7 +61,9 @@ def metrics_json(of_lines: Figures, of_calls: Tally) -> dict[str, Any]:
         "error_rate": failures / total if total else None,
         "mean_latency_ms": (of_lines.sum_ms + of_calls.microseconds / 1000) / timed if timed else None,
         "mean_upstream_latency_ms": of_calls.mean_upstream_ms,
-        **{field: percentile(weighed, share) for field, share in PERCENTILES.items()},
+        "p50_latency_ms": percentile(weighed, 0.5),
+        "p95_latency_ms": percentile(weighed, 0.95),
+        "p99_latency_ms": percentile(weighed, 0.99),
         "calls": of_calls.calls,
         "outcomes": {outcome: count for outcome, count in of_calls.outcomes.items() if count},
         "errors": codes,
@@ -85,7 +85,7 @@ async def show_logs(
     text: FromQuery[str | None] = None,
     limit: FromQuery[int] = 50,
     cursor: FromQuery[str | None] = None,
-) -> dict[str, Any]:
+) -> answers.LogLineList:
     """Show recent lines, newest first, by level and by a part of their text."""
     policy.require_role(principal, *READERS)
     if level is not None and level not in LEVELS:
@@ -98,8 +98,11 @@ async def show_logs(
     found = [*((line.at, 0, line.id or 0, line_json(line)) for line in lines)]
     found += [(call.at, 1, call.id or 0, call_json(call)) for call in calls]
     found.sort(key=lambda one: one[:3], reverse=True)
-    at, kind, row_id, _ = found[limit - 1] if len(found) > limit else (0.0, 0, 0, {})
-    return page([one[3] for one in found[:limit]], (at, f"{KINDS[kind]}{row_id}") if len(found) > limit else None)
+    following = None
+    if len(found) > limit:
+        at, kind, row_id, _ = found[limit - 1]
+        following = (at, f"{KINDS[kind]}{row_id}")
+    return page([one[3] for one in found[:limit]], following)
 
 
 KINDS = ("line-", "call-")
@@ -118,12 +121,12 @@ def _before(cursor: str | None) -> tuple[Before, Before]:
     return ((at, row_id), (at, 0)) if match[1] == "line-" else ((at, 2**53), (at, row_id))
 
 
-def line_json(line: IntegrationLog) -> Mapping[str, Any]:
+def line_json(line: IntegrationLog) -> answers.LogLine:
     """Return a line about a flow, a refresh, a test or a secret."""
     return {"at": rfc3339(line.at), "level": line.level, "action": line.action, "text": line.text}
 
 
-def call_json(call: CallLine) -> Mapping[str, Any]:
+def call_json(call: CallLine) -> answers.LogLine:
     """Return the line of a proxied call."""
     return {
         "at": rfc3339(call.at),

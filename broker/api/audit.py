@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
-from dataclasses import asdict
-from typing import Any
 
 import structlog
 from litestar import Router, get
@@ -13,8 +11,10 @@ from litestar.params import FromQuery
 from litestar.response import Stream
 
 from broker import policy
+from broker.api import answers
 from broker.api.requests import checked_limit, checked_time, page, position_of, problems
 from broker.audit import Audit, Entry
+from broker.audit.verify import Verification
 from broker.errors import AuditUnavailable, Forbidden
 from broker.models import AuditRecord, rfc3339
 from broker.policy import Principal, Role
@@ -24,7 +24,7 @@ JSON_LINES = "application/x-ndjson"
 log = structlog.get_logger()
 
 
-def record_json(row: AuditRecord) -> dict[str, Any]:
+def record_json(row: AuditRecord) -> answers.AuditRecord:
     """Return one record."""
     return {
         "id": row.id,
@@ -70,7 +70,7 @@ async def search_audit(
     until: FromQuery[str | None] = None,
     limit: FromQuery[int] = 50,
     cursor: FromQuery[str | None] = None,
-) -> dict[str, Any]:
+) -> answers.AuditRecordList:
     """List records, newest first."""
     await _require_reader(audit, principal, "audit.searched")
     position = position_of(cursor)
@@ -91,20 +91,21 @@ async def search_audit(
 
 
 @get("/audit/verify", responses=problems(403))
-async def verify_audit(principal: NamedDependency[Principal], audit: NamedDependency[Audit]) -> dict[str, Any]:
+async def verify_audit(principal: NamedDependency[Principal], audit: NamedDependency[Audit]) -> Verification:
     """Verify the whole chain; the first broken record is named, a cut tail too."""
     await _require_reader(audit, principal, "audit.verified")
     verdict = await audit.verify()
     await _note(audit, principal, "audit.verified", ok=verdict.ok, problem=verdict.problem)
-    return asdict(verdict)
+    return verdict
 
 
 @get("/audit/keys", responses=problems(403))
-async def audit_keys(principal: NamedDependency[Principal], audit: NamedDependency[Audit]) -> dict[str, Any]:
+async def audit_keys(principal: NamedDependency[Principal], audit: NamedDependency[Audit]) -> answers.CheckpointKeyList:
     """List the public keys that checkpoints and exports are checked with, the current one first."""
     policy.require_role(principal, *READERS)
     keys = audit.checkpoint_keys().items()
-    return page([{"key_id": key_id, "public_key": public_key} for key_id, public_key in keys], None)
+    shown = [answers.CheckpointKey(key_id=key_id, public_key=public_key) for key_id, public_key in keys]
+    return page(shown, None)
 
 
 @get("/audit/export", responses=problems(403), media_type=JSON_LINES)

@@ -10,6 +10,7 @@ from litestar.di import NamedDependency
 from litestar.params import FromPath, FromQuery, JSONBody
 
 from broker import policy
+from broker.api import answers
 from broker.api.requests import AnyRequest, checked_limit, page, position_of, problems, show_once
 from broker.callers import Callers
 from broker.models import Caller, CallerKey, rfc3339
@@ -41,7 +42,7 @@ class KeyBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     expires_at: str | float | None = None
 
 
-def caller_json(row: Caller, keys: list[CallerKey], callers: Callers) -> dict[str, Any]:
+def caller_json(row: Caller, keys: list[CallerKey], callers: Callers) -> answers.Caller:
     """Return a caller with its keys' ids and times; ``genuine`` is false for a row that the broker did not write."""
     return {
         "id": row.id,
@@ -60,16 +61,20 @@ def _is_itself(principal: Principal, caller_id: str) -> bool:
     return caller_id == principal.caller_id and principal.key_id.startswith("key_")
 
 
-def key_json(row: CallerKey, key: Secret | None = None) -> dict[str, Any]:
-    """Return a key's row and, once, the key."""
-    shown = {
+def key_json(row: CallerKey) -> answers.CallerKey:
+    """Return a key's row."""
+    return {
         "id": row.id,
         "created_at": rfc3339(row.created_at),
         "last_used_at": rfc3339(row.last_used_at),
         "expires_at": rfc3339(row.expires_at),
         "revoked_at": rfc3339(row.revoked_at),
     }
-    return {**shown, "key": key.reveal()} if key is not None else shown
+
+
+def new_key_json(row: CallerKey, key: Secret) -> answers.NewCallerKey:
+    """Return a key's row and, this once, the key."""
+    return {**key_json(row), "key": key.reveal()}
 
 
 @get("/callers", responses=problems(403))
@@ -78,7 +83,7 @@ async def list_callers(
     callers: NamedDependency[Callers],
     limit: FromQuery[int] = 50,
     cursor: FromQuery[str | None] = None,
-) -> dict[str, Any]:
+) -> answers.CallerList:
     """List callers, newest first."""
     policy.require_role(principal, "security", "auditor")
     rows = await callers.page(limit=checked_limit(limit) + 1, before=position_of(cursor))
@@ -94,7 +99,7 @@ async def create_caller(
     request: AnyRequest,
     principal: NamedDependency[Principal],
     callers: NamedDependency[Callers],
-) -> dict[str, Any]:
+) -> answers.NewCaller:
     """Make a caller; its first key is shown once (admin)."""
     policy.require_role(principal)
     row, key = await callers.add(data.name, data.roles, data.grants, data.expires_at, actor=principal.caller_id)
@@ -106,7 +111,7 @@ async def create_caller(
 @get("/callers/{caller_id:str}", responses=problems(403, 404))
 async def show_caller(
     caller_id: FromPath[str], principal: NamedDependency[Principal], callers: NamedDependency[Callers]
-) -> dict[str, Any]:
+) -> answers.Caller:
     """Show one caller; everybody may see itself."""
     if not _is_itself(principal, caller_id):
         policy.require_role(principal, "security", "auditor")
@@ -120,7 +125,7 @@ async def change_caller(
     data: JSONBody[PatchBody],
     principal: NamedDependency[Principal],
     callers: NamedDependency[Callers],
-) -> dict[str, Any]:
+) -> answers.Caller:
     """Change name, roles, grants or expiry (admin); effective everywhere within a second."""
     policy.require_role(principal)
     given = {name: getattr(data, name) for name in ("name", "roles", "grants", "expires_at")}
@@ -145,13 +150,13 @@ async def create_key(
     principal: NamedDependency[Principal],
     callers: NamedDependency[Callers],
     data: JSONBody[KeyBody | None] = None,
-) -> dict[str, Any]:
+) -> answers.NewCallerKey:
     """Make another key, shown once; two may be live at a time (admin, so that a stolen key cannot outlive itself)."""
     policy.require_role(principal)
     body = data or KeyBody()
     row, key = await callers.add_key(caller_id, actor=principal.caller_id, expires_at=body.expires_at)
     show_once(request, row.id)
-    return key_json(row, key)
+    return new_key_json(row, key)
 
 
 @delete("/callers/{caller_id:str}/keys/{key_id:str}", status_code=204, responses=problems(403, 404, 409))

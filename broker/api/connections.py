@@ -11,6 +11,7 @@ from litestar.di import NamedDependency
 from litestar.params import FromPath, FromQuery, JSONBody
 from litestar.types import Scope
 
+from broker.api import answers
 from broker.api.lean import lean_post
 from broker.api.requests import (
     TAG_NAME,
@@ -101,7 +102,7 @@ class ReconnectBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     expires_in: Seconds = 600
 
 
-def connection_json(row: Connection) -> dict[str, Any]:
+def connection_json(row: Connection) -> answers.Connection:
     """Return a connection as the contract shows it."""
     return {
         "id": row.id,
@@ -124,7 +125,7 @@ def connection_json(row: Connection) -> dict[str, Any]:
     }
 
 
-def handout_json(scope: Scope, handout: Handout) -> dict[str, Any]:
+def handout_json(scope: Scope, handout: Handout) -> answers.AccessToken:
     """Return a credential as the contract shows it: the only place where one leaves in an answer."""
     never_keep(scope)
     return {
@@ -147,7 +148,7 @@ async def list_connections(
     tag: FromQuery[str | None] = None,
     limit: FromQuery[int] = 50,
     cursor: FromQuery[str | None] = None,
-) -> dict[str, Any]:
+) -> answers.ConnectionList:
     """List connections inside the caller's grants, newest first.
 
     A page may be short, even empty, and still have a next_cursor: so many rows are looked at for one request, no more.
@@ -174,7 +175,7 @@ async def import_connection(
     data: JSONBody[ImportBody],
     principal: NamedDependency[Principal],
     connections: NamedDependency[Connections],
-) -> dict[str, Any]:
+) -> answers.Connection:
     """Import a credential; the connection is active at once."""
     account = msgspec.to_builtins(data.account) if data.account is not None else None
     wanted = Import(data.integration, data.subject, data.credentials, account, data.tags, data.metadata, data.variables)
@@ -189,7 +190,7 @@ async def confirm_connection(
     data: JSONBody[ConfirmBody],
     principal: NamedDependency[Principal],
     confirmations: NamedDependency[Confirmations],
-) -> dict[str, Any]:
+) -> answers.Connection:
     """Confirm who consented; the answer is the surviving connection."""
     wanted = Confirm(connection_id, data.code, data.subject, data.return_to)
     return connection_json(await confirmations.confirm(wanted, principal))
@@ -200,7 +201,7 @@ async def show_connection(
     connection_id: FromPath[str],
     principal: NamedDependency[Principal],
     connections: NamedDependency[Connections],
-) -> dict[str, Any]:
+) -> answers.Connection:
     """Show one connection; never its secret."""
     return connection_json(await connections.get(connection_id, principal))
 
@@ -211,7 +212,7 @@ async def change_connection(
     data: JSONBody[PatchBody],
     principal: NamedDependency[Principal],
     connections: NamedDependency[Connections],
-) -> dict[str, Any]:
+) -> answers.Connection:
     """Change tags and metadata."""
     changes = {name: value for name in ("tags", "metadata") if (value := getattr(data, name)) is not msgspec.UNSET}
     return connection_json(await connections.update(connection_id, changes, principal))
@@ -223,7 +224,7 @@ async def delete_connection(
     principal: NamedDependency[Principal],
     connections: NamedDependency[Connections],
     revoke: FromQuery[bool] = True,  # noqa: FBT002 - a query parameter
-) -> dict[str, Any]:
+) -> answers.DeletedConnection:
     """Delete a connection, and revoke it at the provider too unless ``revoke=false``."""
     result = await connections.delete(connection_id, principal, revoke=revoke)
     return {"id": connection_id, "deleted": True, "revocation": result}
@@ -237,7 +238,7 @@ async def hand_out(
     connections: NamedDependency[Connections],
     callers: NamedDependency[Callers],
     data: JSONBody[TokenBody | None] = None,
-) -> dict[str, Any]:
+) -> answers.AccessToken:
     """Hand out a fresh token."""
     body = data or TokenBody()
     handout = await connections.token(connection_id, _ask(body), _asking(scope, callers, principal, body.reason))
@@ -251,7 +252,7 @@ async def find_and_hand_out(
     principal: NamedDependency[Principal],
     connections: NamedDependency[Connections],
     callers: NamedDependency[Callers],
-) -> dict[str, Any]:
+) -> answers.AccessToken:
     """Hand out a fresh token of the one connection of (integration, subject)."""
     asking = _asking(scope, callers, principal, data.reason)
     handout = await connections.token_for(data.integration, data.subject, _ask(data), asking)
@@ -278,7 +279,7 @@ async def reconnect(
     sessions: NamedDependency[Sessions],
     settings: NamedDependency[Settings],
     data: JSONBody[ReconnectBody | None] = None,
-) -> dict[str, Any]:
+) -> answers.Session:
     """Mint a session that may only connect the same account of this connection again."""
     row = await connections.get(connection_id, principal, may="connect")
     body = data or ReconnectBody()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -10,8 +11,9 @@ from litestar.di import NamedDependency
 from litestar.params import FromPath, FromQuery, JSONBody
 
 from broker import policy
+from broker.api import answers
 from broker.api.events import checked_type, cursor_after
-from broker.api.requests import Text, checked_limit, checked_time, page, position_of, problems
+from broker.api.requests import Text, also, checked_limit, checked_time, page, position_of, problems
 from broker.errors import FieldError, InvalidRequest
 from broker.models import rfc3339
 from broker.policy import Principal
@@ -48,7 +50,7 @@ class RecoverBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     cursor: Text | None = None
 
 
-def delivery_json(row: Delivery) -> dict[str, Any]:
+def delivery_json(row: Delivery) -> answers.Delivery:
     """Return one delivery with its attempts."""
     status = delivery_status(row.state, active=row.active)
     return {
@@ -68,9 +70,9 @@ def delivery_json(row: Delivery) -> dict[str, Any]:
     }
 
 
-def _try_json(one: Any) -> dict[str, Any]:  # noqa: ANN401 - JSON that the worker wrote
-    shown = dict(one)
-    return {**shown, "at": rfc3339(shown["at"])} if isinstance(shown.get("at"), int | float) else shown
+def _try_json(one: Mapping[str, Any]) -> answers.Try:
+    """Return an attempt as the worker wrote it down (``delivery``)."""
+    return {"at": rfc3339(float(one["at"])), "status": one["status"], "error": one["error"], "ms": one["ms"]}
 
 
 def filter_of(body: DeliveryFilterBody) -> BulkFilter:
@@ -101,10 +103,13 @@ def _position(cursor: str | None, way: str) -> Position | None:
     return position
 
 
-def done_json(done: Done, *, dry_run: bool) -> dict[str, Any]:
-    """Return what came of an order of many."""
-    shown = {"dry_run": dry_run, "total": done.total, "next_cursor": cursor_after(done.next)}
-    return shown if dry_run else {**shown, "retried": done.retried, "replayed": done.replayed}
+def done_answer(done: Done, *, dry_run: bool) -> Response[Any]:
+    """Return what came of an order of many: 202, or 200 with the count alone for a dry run."""
+    counted: answers.ReplayCount = {"dry_run": dry_run, "total": done.total, "next_cursor": cursor_after(done.next)}
+    if dry_run:
+        return Response(counted, status_code=200)
+    order: answers.ReplayOrder = {**counted, "retried": done.retried, "replayed": done.replayed}
+    return Response(order, status_code=202)
 
 
 @get("/deliveries", responses=problems())
@@ -116,7 +121,7 @@ async def list_deliveries(
     status: FromQuery[str | None] = None,
     limit: FromQuery[int] = 50,
     cursor: FromQuery[str | None] = None,
-) -> dict[str, Any]:
+) -> answers.DeliveryList:
     """List deliveries with their attempts, newest first."""
     if status is not None and status not in DELIVERY_STATUSES:
         raise InvalidRequest(errors=[FieldError("?status", "is not a status of a delivery")])
@@ -130,7 +135,7 @@ async def list_deliveries(
 @get("/deliveries/{delivery_id:str}", responses=problems(403, 404))
 async def show_delivery(
     delivery_id: FromPath[str], principal: NamedDependency[Principal], history: NamedDependency[History]
-) -> dict[str, Any]:
+) -> answers.Delivery:
     """Show one delivery."""
     return delivery_json(await history.delivery(delivery_id, principal))
 
@@ -138,34 +143,38 @@ async def show_delivery(
 @post("/deliveries/{delivery_id:str}/retry", status_code=202, responses=problems(403, 404, 409))
 async def retry_delivery(
     delivery_id: FromPath[str], principal: NamedDependency[Principal], replaying: NamedDependency[Replaying]
-) -> dict[str, Any]:
+) -> answers.Delivery:
     """Send one delivery again now; the answer is that delivery, or the replay of one that was delivered."""
     return delivery_json(await replaying.retry(delivery_id, principal))
 
 
-@post("/deliveries/replay", status_code=202, responses=problems(413, 415))
+@post("/deliveries/replay", status_code=202, responses=problems(413, 415) | also(200, answers.ReplayCount))
 async def replay_deliveries(
     data: JSONBody[BulkReplayBody], principal: NamedDependency[Principal], replaying: NamedDependency[Replaying]
-) -> Response[dict[str, Any]]:
+) -> Response[answers.ReplayOrder]:
     """Send many again, or count them: 200 for a dry run."""
     wanted, position = filter_of(data.filter), _position(data.cursor, "dlv_")
     done = await replaying.replay_many(wanted, principal, dry_run=data.dry_run, position=position)
-    return Response(done_json(done, dry_run=data.dry_run), status_code=200 if data.dry_run else 202)
+    return done_answer(done, dry_run=data.dry_run)
 
 
-@post("/subscriptions/{subscription_id:str}/recover", status_code=202, responses=problems(403, 404, 413, 415))
+@post(
+    "/subscriptions/{subscription_id:str}/recover",
+    status_code=202,
+    responses=problems(403, 404, 413, 415) | also(200, answers.ReplayCount),
+)
 async def recover_subscription(
     subscription_id: FromPath[str],
     data: JSONBody[RecoverBody],
     principal: NamedDependency[Principal],
     replaying: NamedDependency[Replaying],
-) -> Response[dict[str, Any]]:
+) -> Response[answers.ReplayOrder]:
     """Deliver what a subscription wants of the events since a time and never got, or count it: 200 for a dry run."""
     policy.require_role(principal, "operator")
     since, position = checked_time("/since", data.since), _position(data.cursor, "number")
     after = int(position[0]) if position is not None else 0
     done = await replaying.recover(subscription_id, since or 0.0, principal, dry_run=data.dry_run, after=after)
-    return Response(done_json(done, dry_run=data.dry_run), status_code=200 if data.dry_run else 202)
+    return done_answer(done, dry_run=data.dry_run)
 
 
 def routes() -> Router:

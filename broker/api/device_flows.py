@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import msgspec
 from litestar import Router, get, post
 from litestar.di import NamedDependency
 from litestar.params import FromPath, JSONBody
 
+from broker.api import answers
 from broker.api.requests import Text, problems
 from broker.api.sessions import Variables
 from broker.models import DeviceFlow, rfc3339
@@ -30,7 +29,7 @@ async def start_device_flow(
     data: JSONBody[DeviceFlowBody],
     principal: NamedDependency[Principal],
     device_flows: NamedDependency[DeviceFlows],
-) -> dict[str, Any]:
+) -> answers.DeviceFlowStart:
     """Ask the provider for a code that the user types in on another device."""
     wanted = Wanted(data.integration, data.subject, data.scopes, data.variables)
     row = await device_flows.start(wanted, principal)
@@ -50,12 +49,12 @@ async def show_device_flow(
     device_id: FromPath[str],
     principal: NamedDependency[Principal],
     device_flows: NamedDependency[DeviceFlows],
-) -> dict[str, Any]:
+) -> answers.DeviceFlow:
     """Show what came of a device flow: pending, connected, denied, expired or failed."""
     return device_flow_json(await device_flows.get(device_id, principal))
 
 
-def device_flow_json(row: DeviceFlow) -> dict[str, Any]:
+def device_flow_json(row: DeviceFlow) -> answers.DeviceFlow:
     """Return a device flow as the contract shows it; a connection only once it can be used."""
     return {
         "id": row.id,

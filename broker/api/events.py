@@ -6,7 +6,7 @@ import base64
 import json
 import re
 from collections.abc import AsyncGenerator
-from typing import Any, Literal
+from typing import Literal
 
 import msgspec
 from litestar import Router, get, post
@@ -15,6 +15,7 @@ from litestar.params import FromPath, FromQuery, JSONBody
 from litestar.response import ServerSentEventMessage, Stream
 from litestar.types import Scope
 
+from broker.api import answers
 from broker.api.requests import Text, checked_limit, checked_time, cursor_of, page, peer_of, position_of, problems
 from broker.callers import Callers
 from broker.errors import FieldError, InvalidRequest
@@ -46,7 +47,7 @@ class ReplayBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     subscription_id: Text | None = None
 
 
-def row_json(row: Event) -> dict[str, Any]:
+def row_json(row: Event) -> answers.StreamedEvent:
     """Return what is known of an event without its deliveries."""
     return {
         "id": row.id,
@@ -63,16 +64,16 @@ def row_json(row: Event) -> dict[str, Any]:
     }
 
 
-def event_json(shown: Shown) -> dict[str, Any]:
+def event_json(shown: Shown) -> answers.Event:
     """Return one event of a list."""
     return {**row_json(shown.event), "status": shown.status}
 
 
-def opened_json(opened: Opened) -> dict[str, Any]:
+def opened_json(opened: Opened) -> answers.WholeEvent:
     """Return one event whole; ``body`` is base64, and null for who may not have it."""
     body = None if opened.body is None else base64.b64encode(opened.body).decode()
-    whole = {"headers": [list(pair) for pair in opened.headers], "body": body}
-    return {**event_json(Shown(opened.event, opened.status)), **whole}
+    headers = [list(pair) for pair in opened.headers]
+    return {**row_json(opened.event), "status": opened.status, "headers": headers, "body": body}
 
 
 def checked_type(pointer: str, glob: str | None) -> str | None:
@@ -106,7 +107,7 @@ async def list_events(
     order: FromQuery[Literal["newest_first", "oldest_first"]] = "newest_first",
     limit: FromQuery[int] = 50,
     cursor: FromQuery[str | None] = None,
-) -> dict[str, Any]:
+) -> answers.EventList:
     """List events, newest first; or, for a service that pulls them, oldest first with a cursor that never ends."""
     if status is not None and status not in EVENT_STATUSES:
         raise InvalidRequest(errors=[FieldError("?status", "is not a status of an event")])
@@ -182,7 +183,7 @@ def _frame(row: Event) -> bytes:
 @get("/events/{event_id:str}", responses=problems(403, 404))
 async def show_event(
     event_id: FromPath[str], principal: NamedDependency[Principal], history: NamedDependency[History]
-) -> dict[str, Any]:
+) -> answers.WholeEvent:
     """Show one event with its headers and body; the audit says who had it."""
     return opened_json(await history.opened(event_id, principal))
 
@@ -193,7 +194,7 @@ async def replay_event(
     principal: NamedDependency[Principal],
     replaying: NamedDependency[Replaying],
     data: JSONBody[ReplayBody | None] = None,
-) -> dict[str, Any]:
+) -> answers.Replayed:
     """Send an event again to those that want it now."""
     named = data.subscription_id if data is not None else None
     made = await replaying.replay(event_id, principal, subscription_id=named)

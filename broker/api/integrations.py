@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import msgspec
 from litestar import Router, delete, get, patch, post
@@ -10,6 +10,7 @@ from litestar.di import NamedDependency
 from litestar.params import FromPath, FromQuery, JSONBody
 
 from broker import policy
+from broker.api import answers
 from broker.api.requests import PLAIN, AnyRequest, checked_limit, page, position_of, problems, short_page
 from broker.connections import Connections
 from broker.egress import Egress
@@ -59,7 +60,7 @@ class SecretBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     canary: Annotated[int, msgspec.Meta(ge=1, le=100)] | None = None
 
 
-def integration_json(view: View) -> dict[str, Any]:
+def integration_json(view: View) -> answers.Integration:
     """Return an integration; ``client_secret`` is never among it."""
     row = view.row
     return {
@@ -78,7 +79,7 @@ def integration_json(view: View) -> dict[str, Any]:
     }
 
 
-def secret_json(row: ClientSecret) -> dict[str, Any]:
+def secret_json(row: ClientSecret) -> answers.ClientSecret:
     """Return a client secret's row: when and whence, and how it does; not what."""
     return {
         "id": row.id,
@@ -116,7 +117,7 @@ async def list_integrations(
     integrations: NamedDependency[Integrations],
     limit: FromQuery[int] = 50,
     cursor: FromQuery[str | None] = None,
-) -> dict[str, Any]:
+) -> answers.IntegrationList:
     """List integrations, newest first."""
     policy.require_role(principal, *READERS)
     views = await integrations.page(limit=checked_limit(limit) + 1, before=position_of(cursor))
@@ -130,7 +131,7 @@ async def create_integration(
     data: JSONBody[CreateBody],
     principal: NamedDependency[Principal],
     integrations: NamedDependency[Integrations],
-) -> dict[str, Any]:
+) -> answers.Integration:
     """Configure a provider."""
     policy.require_role(principal, "operator")
     return integration_json(await integrations.create(_created(data), principal))
@@ -139,7 +140,7 @@ async def create_integration(
 @get("/integrations/{name:str}", responses=problems(403, 404))
 async def show_integration(
     name: FromPath[str], principal: NamedDependency[Principal], integrations: NamedDependency[Integrations]
-) -> dict[str, Any]:
+) -> answers.Integration:
     """Show one integration."""
     policy.require_role(principal, *READERS)
     return integration_json(await integrations.get(name))
@@ -151,7 +152,7 @@ async def change_integration(
     data: JSONBody[PatchBody],
     principal: NamedDependency[Principal],
     integrations: NamedDependency[Integrations],
-) -> dict[str, Any]:
+) -> answers.Integration:
     """Change an integration; its endpoints need an admin, and existing connections follow only by a rebind."""
     policy.require_role(principal, "operator")
     row = (await integrations.get(name)).row
@@ -175,7 +176,7 @@ async def run_test(
     integrations: NamedDependency[Integrations],
     connections: NamedDependency[Connections],
     egress: NamedDependency[Egress],
-) -> dict[str, Any]:
+) -> answers.Verdict:
     """Make real calls that prove or disprove the configuration; with a connection at hand, its identity call too."""
     policy.require_role(principal, "operator")
     verdict = await probe(integrations, egress, name)
@@ -187,7 +188,7 @@ async def run_test(
 @post("/integrations/{name:str}/rebind", status_code=200, responses=problems(403, 404, 409, 502, 504))
 async def rebind(
     name: FromPath[str], principal: NamedDependency[Principal], integrations: NamedDependency[Integrations]
-) -> dict[str, Any]:
+) -> answers.Rebound:
     """Pin existing connections to the endpoints as they are now (admin)."""
     return {"connections": await integrations.rebind(name, principal)}
 
@@ -199,7 +200,7 @@ async def list_secrets(
     integrations: NamedDependency[Integrations],
     limit: FromQuery[int] = 50,
     cursor: FromQuery[str | None] = None,
-) -> dict[str, Any]:
+) -> answers.ClientSecretList:
     """List the client secrets, live ones and a candidate, newest first, without their values."""
     policy.require_role(principal, *READERS)
     return short_page([secret_json(row) for row in await integrations.secrets(name)], limit=limit, cursor=cursor)
@@ -211,7 +212,7 @@ async def add_secret(
     data: JSONBody[SecretBody],
     principal: NamedDependency[Principal],
     integrations: NamedDependency[Integrations],
-) -> dict[str, Any]:
+) -> answers.AddedClientSecret:
     """Make a further client secret live, as the newest; with ``canary`` a candidate that has to prove itself first."""
     policy.require_role(principal, "operator", "security")
     row = await integrations.add_secret(name, Secret(data.client_secret), principal, canary=data.canary)
@@ -225,7 +226,7 @@ async def promote_secret(
     secret_id: FromPath[str],
     principal: NamedDependency[Principal],
     integrations: NamedDependency[Integrations],
-) -> dict[str, Any]:
+) -> answers.ClientSecret:
     """Make a candidate live at once; one that is live is tried in its turn again."""
     policy.require_role(principal, "operator", "security")
     return secret_json(await integrations.promote_secret(name, secret_id, principal))
@@ -248,11 +249,11 @@ async def export_integrations(
     principal: NamedDependency[Principal],
     integrations: NamedDependency[Integrations],
     request: AnyRequest,
-) -> dict[str, Any]:
+) -> answers.Export:
     """Return all integrations as one document; with a passphrase header (admin) their secrets too, sealed to it."""
     passphrase = _passphrase(request)
     policy.require_role(principal, *(READERS if passphrase is None else ()))  # secrets: an admin only
-    return await export_document(integrations, passphrase, principal)
+    return cast("answers.Export", await export_document(integrations, passphrase, principal))
 
 
 @post("/integrations/import", status_code=200, responses=problems(403, 409, 413, 415))
@@ -261,11 +262,11 @@ async def import_integrations(
     principal: NamedDependency[Principal],
     integrations: NamedDependency[Integrations],
     request: AnyRequest,
-) -> dict[str, Any]:
+) -> answers.Imported:
     """Create or change integrations from an exported document."""
     policy.require_role(principal, "operator")
     passphrase = _passphrase(request)
-    return await import_document(integrations, data, passphrase, principal)
+    return cast("answers.Imported", await import_document(integrations, data, passphrase, principal))
 
 
 def _passphrase(request: AnyRequest) -> Secret | None:

@@ -11,7 +11,8 @@ from litestar.di import NamedDependency
 from litestar.params import FromPath, FromQuery, JSONBody
 
 from broker import policy
-from broker.api.requests import checked_limit, page, position_of, problems, short_page
+from broker.api import answers
+from broker.api.requests import also, checked_limit, page, position_of, problems, short_page
 from broker.models import Rotation, rfc3339
 from broker.policy import Principal
 from broker.rotation import ClassReport, KeyRow, Rotations
@@ -31,7 +32,7 @@ class ResumeBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     abandon_unreadable: bool = False
 
 
-def rotation_json(row: Rotation) -> dict[str, Any]:
+def rotation_json(row: Rotation) -> answers.Rotation:
     """Return a rotation; one that is only planned has no id."""
     return {
         "id": row.id or None,
@@ -55,12 +56,12 @@ def _detail(detail: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in detail.items() if name not in INTERNAL}
 
 
-def class_json(report: ClassReport) -> dict[str, Any]:
+def class_json(report: ClassReport) -> answers.KeyClass:
     """Return a class of keys with what each of them covers."""
     return {"class": report.key_class, "rotation": report.rotation_id, "keys": [_key_json(row) for row in report.keys]}
 
 
-def _key_json(row: KeyRow) -> dict[str, Any]:
+def _key_json(row: KeyRow) -> answers.Key:
     """``sealed``: how many values are under the key, None where keys of that class seal nothing."""
     places = dict(row.places) if row.places is not None else None
     return {
@@ -81,19 +82,23 @@ async def list_keys(
     rotations: NamedDependency[Rotations],
     limit: FromQuery[int] = 50,
     cursor: FromQuery[str | None] = None,
-) -> dict[str, Any]:
+) -> answers.KeyClassList:
     """List the classes of keys; each key with what is under it, no key itself."""
     policy.require_role(principal, "security")
     return short_page([class_json(one) for one in await rotations.report()], limit=limit, cursor=cursor)
 
 
-@post("/keys/{key_class:str}/rotate", status_code=201, responses=problems(403, 404, 409, 413, 415))
+@post(
+    "/keys/{key_class:str}/rotate",
+    status_code=201,
+    responses=problems(403, 404, 409, 413, 415) | also(200, answers.Rotation),
+)
 async def rotate_keys(
     key_class: FromPath[str],
     principal: NamedDependency[Principal],
     rotations: NamedDependency[Rotations],
     data: JSONBody[RotateBody | None] = None,
-) -> Response[dict[str, Any]]:
+) -> Response[answers.Rotation]:
     """Begin to replace the keys of a class; a dry run answers 200 with what would be done."""
     policy.require_role(principal, "security")
     dry_run = data is not None and data.dry_run
@@ -107,7 +112,7 @@ async def list_rotations(
     rotations: NamedDependency[Rotations],
     limit: FromQuery[int] = 50,
     cursor: FromQuery[str | None] = None,
-) -> dict[str, Any]:
+) -> answers.RotationList:
     """List rotations, newest first."""
     policy.require_role(principal, "security")
     rows = await rotations.page(limit=checked_limit(limit) + 1, before=position_of(cursor))
@@ -119,7 +124,7 @@ async def list_rotations(
 @get("/rotations/{rotation_id:str}", responses=problems(403, 404))
 async def show_rotation(
     rotation_id: FromPath[str], principal: NamedDependency[Principal], rotations: NamedDependency[Rotations]
-) -> dict[str, Any]:
+) -> answers.Rotation:
     """Show how far one is, and what it waits for."""
     policy.require_role(principal, "security")
     return rotation_json(await rotations.get(rotation_id))
@@ -128,7 +133,7 @@ async def show_rotation(
 @post("/rotations/{rotation_id:str}/pause", status_code=200, responses=problems(403, 404, 409))
 async def pause_rotation(
     rotation_id: FromPath[str], principal: NamedDependency[Principal], rotations: NamedDependency[Rotations]
-) -> dict[str, Any]:
+) -> answers.Rotation:
     """Stop it before its next batch."""
     policy.require_role(principal, "security")
     return rotation_json(await rotations.pause(rotation_id, actor=principal.caller_id))
@@ -140,7 +145,7 @@ async def resume_rotation(
     principal: NamedDependency[Principal],
     rotations: NamedDependency[Rotations],
     data: JSONBody[ResumeBody | None] = None,
-) -> dict[str, Any]:
+) -> answers.Rotation:
     """Let a paused or failed one go on."""
     policy.require_role(principal, "security")
     abandon = data is not None and data.abandon_unreadable

@@ -32,7 +32,8 @@ from broker.api.requests import (
     strict_request,
 )
 from broker.callers import Callers
-from broker.errors import InvalidRequest, PayloadTooLarge
+from broker.errors import InvalidRequest, Overloaded, PayloadTooLarge
+from broker.limits import Room
 
 PASSED_BY = 2  # middlewares: Authentication and Idempotency
 _PLAIN_HOST = re.compile(rb"[A-Za-z0-9.-]{1,253}(:[0-9]{1,5})?")
@@ -106,10 +107,11 @@ class ExpressLane:
     and so do those that fail, with their error, so that every error is answered in one place.
     """
 
-    def __init__(self, app: Litestar, callers: Callers) -> None:
+    def __init__(self, app: Litestar, callers: Callers, room: Room) -> None:
         """Wrap the application; its lean routes must stand behind ``Authentication`` by ``callers``."""
         self._app = app
         self._callers = callers
+        self._room = room
         self._routes = [
             (_pattern_of(route.path_format), route.path_format, handler)
             for route in app.routes
@@ -125,8 +127,12 @@ class ExpressLane:
             await self._app(scope, receive, send)
             return
         try:
-            scope["state"]["principal"] = await self._callers.authenticate(scope["headers"], peer=peer_of(scope))
-            body = await route.answer(scope, receive)
+            principal = await self._callers.authenticate(scope["headers"], peer=peer_of(scope))
+            scope["state"]["principal"] = principal
+            with self._room.place(principal.caller_id):
+                body = await route.answer(scope, receive)
+        except Overloaded:
+            raise  # answered outside, cheaply
         except Exception as error:  # noqa: BLE001 - raised again where errors are answered
             scope["state"][FAILED] = error
             await self._app(scope, receive, send)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from litestar import Router, get
 from litestar.di import NamedDependency
 from litestar.params import FromPath, FromQuery
 
+from broker.api import answers
 from broker.api.requests import problems, short_page
 from broker.errors import NotFound
 from broker.integrations import Integrations
@@ -16,10 +15,10 @@ from broker.policy import Principal
 from providers.spec import Provider, Setting, Variable, Webhook
 
 
-def provider_json(provider: Provider, *, schema: bool) -> dict[str, Any]:
+def provider_json(provider: Provider) -> answers.ListedProvider:
     """Return a provider as the catalog shows it."""
     oauth2 = provider.oauth2
-    shown: dict[str, Any] = {
+    return {
         "name": provider.name,
         "title": provider.title,
         "docs_url": provider.docs_url,
@@ -31,10 +30,14 @@ def provider_json(provider: Provider, *, schema: bool) -> dict[str, Any]:
         "refresh_rotates": oauth2.refresh.rotates if oauth2 is not None else None,
         "webhooks": [_webhook_json(kind, webhook) for kind, webhook in provider.webhooks.items()],
     }
-    return {**shown, "config_schema": IntegrationConfig.model_json_schema()} if schema else shown
 
 
-def _webhook_json(kind: str, webhook: Webhook) -> dict[str, Any]:
+def whole_provider_json(provider: Provider) -> answers.Provider:
+    """Return a provider with the schema of an integration's ``config``."""
+    return {**provider_json(provider), "config_schema": IntegrationConfig.model_json_schema()}
+
+
+def _webhook_json(kind: str, webhook: Webhook) -> answers.ProviderWebhook:
     registration = webhook.registration
     return {
         "kind": kind,
@@ -48,11 +51,17 @@ def _webhook_json(kind: str, webhook: Webhook) -> dict[str, Any]:
     }
 
 
-def _setting_json(setting: Setting) -> dict[str, Any]:
-    return {name: getattr(setting, name) for name in ("name", "help", "pattern", "needed", "secret")}
+def _setting_json(setting: Setting) -> answers.Setting:
+    return {
+        "name": setting.name,
+        "help": setting.help,
+        "pattern": setting.pattern,
+        "needed": setting.needed,
+        "secret": setting.secret,
+    }
 
 
-def _variable_json(variable: Variable) -> dict[str, Any]:
+def _variable_json(variable: Variable) -> answers.Variable:
     return {
         "name": variable.name,
         "pattern": variable.pattern,
@@ -68,10 +77,10 @@ async def list_providers(
     integrations: NamedDependency[Integrations],
     limit: FromQuery[int] = 50,
     cursor: FromQuery[str | None] = None,
-) -> dict[str, Any]:
+) -> answers.ProviderList:
     """List the catalog by name."""
     catalog = integrations.catalog
-    shown = [provider_json(catalog[name], schema=False) for name in sorted(catalog)]
+    shown = [provider_json(catalog[name]) for name in sorted(catalog)]
     return short_page(shown, limit=limit, cursor=cursor)
 
 
@@ -80,11 +89,11 @@ async def show_provider(
     name: FromPath[str],
     principal: NamedDependency[Principal],  # noqa: ARG001 - any caller may read the catalog
     integrations: NamedDependency[Integrations],
-) -> dict[str, Any]:
+) -> answers.Provider:
     """Show one provider with the schema of an integration's ``config``."""
     if name not in integrations.catalog:
         raise NotFound
-    return provider_json(integrations.catalog[name], schema=True)
+    return whole_provider_json(integrations.catalog[name])
 
 
 def routes() -> Router:

@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from http import HTTPStatus
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 from urllib.parse import parse_qsl
 
 import msgspec
@@ -23,6 +23,7 @@ from litestar.types import ASGIApp, Message, Receive, Scope, Send
 from sqlalchemy.exc import IntegrityError
 from sqlmodel import Session, col, select
 
+from broker.api.answers import Page
 from broker.callers import Callers
 from broker.database import Database, now
 from broker.errors import (
@@ -35,11 +36,13 @@ from broker.errors import (
     PayloadTooLarge,
     UnsupportedMediaType,
 )
+from broker.limits import Room
 from broker.models import IdempotentAnswer, epoch_of, new_id
 from broker.policy import Principal
 from broker.vault.keyring import derive_key
 from broker.vault.system_keys import RootKey, SystemKeys
 
+T = TypeVar("T")
 AnyRequest = Request[Any, Any, Any]
 MAX_BODY_BYTES = 1_048_576
 KEPT_SECONDS = 86_400.0
@@ -69,17 +72,20 @@ log = structlog.get_logger()
 class Authentication:
     """Middleware: finds the caller of a `/v1` request before its body is read (Unauthenticated otherwise)."""
 
-    def __init__(self, app: ASGIApp, callers: Callers) -> None:
-        """Wrap the routes."""
+    def __init__(self, app: ASGIApp, callers: Callers, room: Room) -> None:
+        """Wrap the routes. ``room``: where each caller gets a place (Overloaded)."""
         self._app = app
         self._callers = callers
+        self._room = room
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Put the Principal where ``principal_of`` finds it. What failed already is raised: it gets nowhere unauthenticated."""
         if (failed := scope["state"].pop(FAILED, None)) is not None:
             raise failed
-        scope["state"]["principal"] = await self._callers.authenticate(scope["headers"], peer=peer_of(scope))
-        await self._app(scope, receive, send)
+        principal = await self._callers.authenticate(scope["headers"], peer=peer_of(scope))
+        scope["state"]["principal"] = principal
+        with self._room.place(principal.caller_id):
+            await self._app(scope, receive, send)
 
 
 def peer_of(scope: Scope) -> str | None:
@@ -247,6 +253,11 @@ def problems(*statuses: int) -> dict[int, ResponseSpec]:
     }
 
 
+def also(status: int, answer: type[Any]) -> dict[int, ResponseSpec]:
+    """Return the documentation of a further answer of a route, such as that of a dry run."""
+    return {status: ResponseSpec(answer, generate_examples=False, description=HTTPStatus(status).phrase)}
+
+
 # Pages
 
 
@@ -276,12 +287,12 @@ def checked_limit(limit: int) -> int:
     return limit
 
 
-def page(data: Sequence[Mapping[str, Any]], next_position: tuple[float, str] | None) -> dict[str, Any]:
+def page(data: Sequence[T], next_position: tuple[float, str] | None) -> Page[T]:
     """Return a list answer."""
     return {"data": list(data), "next_cursor": cursor_of(next_position) if next_position is not None else None}
 
 
-def short_page(data: Sequence[Mapping[str, Any]], *, limit: int, cursor: str | None) -> dict[str, Any]:
+def short_page(data: Sequence[T], *, limit: int, cursor: str | None) -> Page[T]:
     """Return a page of a list that is short enough to be held whole; its cursor counts rows."""
     position = position_of(cursor)
     start = 0 if position is None else int(position[0])

@@ -11,9 +11,11 @@ from litestar.di import NamedDependency
 from litestar.params import FromPath, FromQuery, JSONBody
 
 from broker import policy
+from broker.api import answers
 from broker.api.requests import (
     TAG_NAME,
     Text,
+    also,
     checked_limit,
     checked_time,
     cursor_of,
@@ -82,7 +84,7 @@ def selector_json(row: Revocation) -> dict[str, Any]:
     return shown
 
 
-def revocation_json(row: Revocation) -> dict[str, Any]:
+def revocation_json(row: Revocation) -> answers.Revocation:
     """Return a revocation."""
     return {
         "id": row.id,
@@ -99,12 +101,12 @@ def revocation_json(row: Revocation) -> dict[str, Any]:
     }
 
 
-def view_json(view: View) -> dict[str, Any]:
+def view_json(view: View) -> answers.CountedRevocation:
     """Return a revocation with how many connections came to what."""
     return {**revocation_json(view.row), "counts": view.counts}
 
 
-def result_json(row: RevocationResult) -> dict[str, Any]:
+def result_json(row: RevocationResult) -> answers.RevocationResult:
     """Return what one connection came to."""
     return {
         "connection_id": row.connection_id,
@@ -116,21 +118,26 @@ def result_json(row: RevocationResult) -> dict[str, Any]:
     }
 
 
-@post("/revocations", status_code=201, responses=problems(403, 413, 415))
+@post("/revocations", status_code=201, responses=problems(403, 413, 415) | also(200, answers.RevocationCount))
 async def start_revocation(
     data: JSONBody[RevocationBody],
     principal: NamedDependency[Principal],
     revocations: NamedDependency[Revocations],
-) -> Response[dict[str, Any]]:
+) -> Response[answers.Revocation]:
     """Freeze or revoke what is selected: no hand-out begins afterwards. 200 and only counts for a dry run."""
     policy.require_role(principal, "security")
     selector = selector_of(data.selector)
     if data.dry_run:
         counts = await revocations.count(data.action, selector)
-        found = {"action": data.action, "dry_run": True, "total": sum(counts.values()), "by_integration": counts}
-        return Response(found, status_code=200)
+        total = sum(counts.values())
+        found = answers.RevocationCount(action=data.action, dry_run=True, total=total, by_integration=counts)
+        return _dry(found)
     row = await revocations.start(data.action, selector, data.reason, principal)
     return Response(revocation_json(row), status_code=201)
+
+
+def _dry(found: answers.RevocationCount) -> Response[Any]:
+    return Response(found, status_code=200)
 
 
 @get("/revocations", responses=problems(403))
@@ -139,7 +146,7 @@ async def list_revocations(
     revocations: NamedDependency[Revocations],
     limit: FromQuery[int] = 50,
     cursor: FromQuery[str | None] = None,
-) -> dict[str, Any]:
+) -> answers.RevocationList:
     """List freezes, revocations and erasures, newest first."""
     policy.require_role(principal, "security", "auditor")
     rows = await revocations.page(limit=checked_limit(limit) + 1, before=position_of(cursor))
@@ -156,7 +163,7 @@ async def show_revocation(
     result: FromQuery[str | None] = None,
     limit: FromQuery[int] = 50,
     cursor: FromQuery[str | None] = None,
-) -> dict[str, Any]:
+) -> answers.RevocationView:
     """Show one: its counts, and a page of results in the order of the connections' ids."""
     policy.require_role(principal, "security", "auditor")
     if result is not None and result not in RESULTS:
@@ -175,7 +182,7 @@ async def lift_freeze(
     revocation_id: FromPath[str],
     principal: NamedDependency[Principal],
     revocations: NamedDependency[Revocations],
-) -> dict[str, Any]:
+) -> answers.Revocation:
     """Lift a freeze: what no other freeze holds is what it was before."""
     policy.require_role(principal, "security")
     return revocation_json(await revocations.lift(revocation_id, principal))

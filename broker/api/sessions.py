@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 from litestar import Router, post
@@ -11,6 +11,7 @@ from litestar.di import NamedDependency
 from litestar.params import JSONBody
 
 from broker import policy
+from broker.api import answers
 from broker.api.requests import AnyRequest, TagName, TagValue, Text, problems, show_once, shown_name
 from broker.errors import FieldError, InvalidRequest
 from broker.integrations import Integrations, View
@@ -40,7 +41,7 @@ class SessionBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     expires_in: Seconds = 600
 
 
-def session_answer(row: BrowserSession, token: Secret, settings: Settings) -> dict[str, Any]:
+def session_answer(row: BrowserSession, token: Secret, settings: Settings) -> answers.Session:
     """Return a session with its token, shown once; the URLs carry the token and are worth nothing after the first use."""
     base, shown = settings.public_url, token.reveal()
     return {
@@ -60,7 +61,7 @@ async def create_session(
     sessions: NamedDependency[Sessions],
     integrations: NamedDependency[Integrations],
     settings: NamedDependency[Settings],
-) -> dict[str, Any]:
+) -> answers.Session:
     """Mint a session; each integration, its scopes and return_to are checked now, not in the user's browser."""
     views = await _allowed_integrations(data, principal, integrations)
     require_return_to(data.return_to, settings)

@@ -13,6 +13,7 @@ from litestar.params import FromPath, FromQuery
 from litestar.types import Scope
 
 from broker import policy
+from broker.api import answers
 from broker.api.requests import PLAIN, problems
 from broker.api.revocations import revocation_json
 from broker.callers import Callers
@@ -47,7 +48,7 @@ async def erase_subject(
     revocations: NamedDependency[Revocations],
     callers: NamedDependency[Callers],
     revoke: FromQuery[bool] = True,  # noqa: FBT002 - a query parameter
-) -> dict[str, Any]:
+) -> answers.Erasure:
     """Erase a person: connections gone at once, then revoked unless ``revoke=false``, and the name taken out everywhere.
 
     The answer is the job, to be looked at as a revocation. ``callers`` are those whose grants name the subject; they are not

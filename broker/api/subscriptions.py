@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import msgspec
 from litestar import Router, delete, get, patch, post
@@ -10,6 +10,7 @@ from litestar.di import NamedDependency
 from litestar.params import FromPath, FromQuery, JSONBody
 
 from broker import policy
+from broker.api import answers
 from broker.api.requests import PLAIN, AnyRequest, checked_limit, page, position_of, problems, show_once
 from broker.models import WebhookSecret, rfc3339
 from broker.policy import Principal, Role
@@ -65,7 +66,7 @@ class RotateBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     overlap_seconds: float = DEFAULT_OVERLAP_SECONDS
 
 
-def subscription_json(view: SubscriptionView) -> dict[str, Any]:
+def subscription_json(view: SubscriptionView) -> answers.Subscription:
     """Return a subscription; no secret is among it."""
     row = view.row
     return {
@@ -90,7 +91,7 @@ def subscription_json(view: SubscriptionView) -> dict[str, Any]:
     }
 
 
-def _secret_json(row: WebhookSecret) -> dict[str, Any]:
+def _secret_json(row: WebhookSecret) -> answers.SigningSecret:
     return {"id": row.id, "created_at": rfc3339(row.created_at), "expires_at": rfc3339(row.expires_at)}
 
 
@@ -100,7 +101,7 @@ async def list_subscriptions(
     subscriptions: NamedDependency[Subscriptions],
     limit: FromQuery[int] = 50,
     cursor: FromQuery[str | None] = None,
-) -> dict[str, Any]:
+) -> answers.SubscriptionList:
     """List subscriptions, newest first."""
     policy.require_role(principal, *READERS)
     views = await subscriptions.page(limit=checked_limit(limit) + 1, before=position_of(cursor))
@@ -115,7 +116,7 @@ async def create_subscription(
     request: AnyRequest,
     principal: NamedDependency[Principal],
     subscriptions: NamedDependency[Subscriptions],
-) -> dict[str, Any]:
+) -> answers.NewSubscription:
     """Make a subscription; the secret that signs what it gets is shown once."""
     policy.require_role(principal, "operator")
     fields = msgspec.structs.asdict(data)
@@ -123,7 +124,7 @@ async def create_subscription(
     draft = SubscriptionDraft(**fields, secret=Secret(given) if given is not None else None)
     view, secret = await subscriptions.create(draft, principal)
     if secret is None:
-        return subscription_json(view)
+        return cast("answers.NewSubscription", subscription_json(view))  # without the member that may be missing
     show_once(request, view.row.id)
     return {**subscription_json(view), "secret": secret.reveal()}
 
@@ -133,7 +134,7 @@ async def show_subscription(
     subscription_id: FromPath[str],
     principal: NamedDependency[Principal],
     subscriptions: NamedDependency[Subscriptions],
-) -> dict[str, Any]:
+) -> answers.Subscription:
     """Show one subscription."""
     policy.require_role(principal, *READERS)
     return subscription_json(await subscriptions.get(subscription_id))
@@ -148,7 +149,7 @@ async def change_subscription(
     data: JSONBody[PatchBody],
     principal: NamedDependency[Principal],
     subscriptions: NamedDependency[Subscriptions],
-) -> dict[str, Any]:
+) -> answers.Subscription:
     """Change a subscription; while ``active`` is false its deliveries are held. Becoming active forgets failures."""
     policy.require_role(principal, "operator")
     given = {name: value for name, value in msgspec.structs.asdict(data).items() if value is not msgspec.UNSET}
@@ -176,7 +177,7 @@ async def rotate_secret(
     principal: NamedDependency[Principal],
     subscriptions: NamedDependency[Subscriptions],
     data: JSONBody[RotateBody | None] = None,
-) -> dict[str, Any]:
+) -> answers.NewSigningSecret:
     """Make a new signing secret, shown once; those before it sign too until their end."""
     policy.require_role(principal, "operator")
     overlap = (data or RotateBody()).overlap_seconds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 from urllib.parse import parse_qsl
 
@@ -9,7 +10,9 @@ import msgspec
 from litestar import Router, post
 from litestar.datastructures import ResponseHeader
 from litestar.di import NamedDependency
+from litestar.openapi.spec import OpenAPIMediaType, OpenAPIType, Operation, Reference, RequestBody, Schema
 
+from broker.api import answers
 from broker.api.requests import MAX_BODY_BYTES, AnyRequest, Shape, problems
 from broker.callers import Callers, presented_keys
 from broker.callers.narrowing import wanted_grants
@@ -23,11 +26,17 @@ ACCESS_TOKEN = "urn:ietf:params:oauth:token-type:access_token"  # noqa: S105 - a
 JWT = "urn:ietf:params:oauth:token-type:jwt"
 SUBJECT_TYPES = frozenset({ACCESS_TOKEN, JWT, "urn:ietf:params:oauth:token-type:id_token"})
 ISSUED_TYPES = frozenset({ACCESS_TOKEN, JWT})
-FORM = "application/x-www-form-urlencoded"
+JSON, FORM = "application/json", "application/x-www-form-urlencoded"
+KNOWN = {
+    "grant_type": {GRANT_TYPE},
+    "subject_token_type": SUBJECT_TYPES,
+    "requested_token_type": ISSUED_TYPES,
+}
+LONGEST_TEXT = 32_768
 MAX_FIELDS = 16
 NARROWING = ("scope", "authorization_details")
 T = TypeVar("T")
-Text = Annotated[str, msgspec.Meta(min_length=1, max_length=32_768)]
+Text = Annotated[str, msgspec.Meta(min_length=1, max_length=LONGEST_TEXT)]
 
 
 class ExchangeBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -42,10 +51,31 @@ class ExchangeBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     audience: Text | None = None
 
 
-@post("/token-exchange", status_code=200, responses=problems(403, 413, 415))
+def _documented(details: Schema) -> OpenAPIMediaType:
+    text = Schema(type=OpenAPIType.STRING, min_length=1, max_length=LONGEST_TEXT)
+    kinds = {name: Schema(type=OpenAPIType.STRING, enum=sorted(values)) for name, values in KNOWN.items()}
+    plain = dict.fromkeys(("subject_token", "scope", "audience"), text)
+    required = ["grant_type", "subject_token", "subject_token_type"]
+    members: dict[str, Reference | Schema] = {**kinds, **plain, "authorization_details": details}
+    closed = Schema(type=OpenAPIType.OBJECT, properties=members, required=required, additional_properties=False)
+    return OpenAPIMediaType(schema=closed)
+
+
+@dataclass
+class ExchangeOperation(Operation):
+    """The route in the OpenAPI document: it reads its body itself, so the framework knows none."""
+
+    def __post_init__(self) -> None:
+        """Say what the body is, as JSON and as a form, whose fields are texts."""
+        objects = Schema(type=OpenAPIType.ARRAY, items=Schema(type=OpenAPIType.OBJECT))
+        form = _documented(Schema(type=OpenAPIType.STRING, description="A JSON array of objects"))
+        self.request_body = RequestBody(required=True, content={JSON: _documented(objects), FORM: form})
+
+
+@post("/token-exchange", status_code=200, operation_class=ExchangeOperation, responses=problems(403, 413, 415))
 async def exchange_token(
     request: AnyRequest, callers: NamedDependency[Callers], settings: NamedDependency[Settings]
-) -> dict[str, Any]:
+) -> answers.IssuedToken:
     """Exchange a caller key, or a token of a trusted issuer, for a token that ends soon and may less."""
     try:
         return await _exchanged(request, callers, settings)
@@ -54,7 +84,7 @@ async def exchange_token(
         raise
 
 
-async def _exchanged(request: AnyRequest, callers: Callers, settings: Settings) -> dict[str, Any]:
+async def _exchanged(request: AnyRequest, callers: Callers, settings: Settings) -> answers.IssuedToken:
     body = _decoded(await request.body(), request.headers.get("content-type", ""))
     _require_known(body, settings)
     shown = presented_keys(request.scope["headers"])
@@ -62,7 +92,7 @@ async def _exchanged(request: AnyRequest, callers: Callers, settings: Settings) 
         raise InvalidRequest("Two different caller keys were sent")
     wanted = wanted_grants(_given(body.scope), _given(body.authorization_details))
     token, told = await callers.exchange(Secret(body.subject_token), wanted)
-    answer = {
+    answer: answers.IssuedToken = {
         "access_token": token.reveal(),
         "issued_token_type": body.requested_token_type or ACCESS_TOKEN,
         "token_type": "Bearer",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import msgspec
 from litestar import Router, delete, get, patch, post
@@ -11,6 +11,7 @@ from litestar.di import NamedDependency
 from litestar.params import FromPath, FromQuery, JSONBody
 
 from broker import policy
+from broker.api import answers
 from broker.api.requests import PLAIN, AnyRequest, checked_limit, page, position_of, problems, short_page, show_once
 from broker.models import WebhookRejection, WebhookSecret, rfc3339
 from broker.policy import Principal, Role
@@ -54,7 +55,7 @@ class SecretBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     expires_old_in: Overlap | None = None
 
 
-def source_json(view: SourceView) -> dict[str, Any]:
+def source_json(view: SourceView) -> answers.WebhookSource:
     """Return a source; no secret is among it, nor a setting that is one."""
     row, scheme = view.row, view.webhook.scheme if view.webhook is not None else None
     return {
@@ -78,12 +79,18 @@ def source_json(view: SourceView) -> dict[str, Any]:
     }
 
 
-def registration_json(hook: Mapping[str, Any]) -> dict[str, Any]:
+def registration_json(hook: Mapping[str, Any]) -> answers.Registration:
     """Return what is known of the hook at the provider."""
-    return {**hook, "expires_at": rfc3339(hook["expires_at"]), "checked_at": rfc3339(hook["checked_at"])}
+    return {
+        "state": hook["state"],
+        "error": hook["error"],
+        "remote_id": hook["remote_id"],
+        "expires_at": rfc3339(hook["expires_at"]),
+        "checked_at": rfc3339(hook["checked_at"]),
+    }
 
 
-def secret_json(row: WebhookSecret) -> dict[str, Any]:
+def secret_json(row: WebhookSecret) -> answers.SourceSecret:
     """Return a secret's row: when, whence and until when; not what."""
     return {
         "id": row.id,
@@ -94,7 +101,7 @@ def secret_json(row: WebhookSecret) -> dict[str, Any]:
     }
 
 
-def rejection_json(row: WebhookRejection) -> dict[str, Any]:
+def rejection_json(row: WebhookRejection) -> answers.Rejection:
     """Return a refused request, or ``count`` of a kind: the step that failed, and nothing that was in it."""
     return {
         "id": str(row.id),
@@ -113,7 +120,7 @@ async def list_sources(
     sources: NamedDependency[Sources],
     limit: FromQuery[int] = 50,
     cursor: FromQuery[str | None] = None,
-) -> dict[str, Any]:
+) -> answers.WebhookSourceList:
     """List sources, newest first."""
     policy.require_role(principal, *READERS)
     views = await sources.page(limit=checked_limit(limit) + 1, before=position_of(cursor))
@@ -128,7 +135,7 @@ async def create_source(
     request: AnyRequest,
     principal: NamedDependency[Principal],
     sources: NamedDependency[Sources],
-) -> dict[str, Any]:
+) -> answers.NewWebhookSource:
     """Make a source; a secret that is made for it is shown once."""
     policy.require_role(principal, "operator")
     fields = msgspec.structs.asdict(data)
@@ -137,7 +144,7 @@ async def create_source(
     draft = SourceDraft(**fields, secret=secret, generate=given is msgspec.UNSET)
     view, made = await sources.create(draft, principal)
     if made is None:
-        return source_json(view)
+        return cast("answers.NewWebhookSource", source_json(view))  # without the member that may be missing
     show_once(request, view.row.id)
     return {**source_json(view), "secret": made.reveal()}
 
@@ -145,7 +152,7 @@ async def create_source(
 @get("/webhook-sources/{source_id:str}", responses=problems(403, 404))
 async def show_source(
     source_id: FromPath[str], principal: NamedDependency[Principal], sources: NamedDependency[Sources]
-) -> dict[str, Any]:
+) -> answers.WebhookSource:
     """Show one source."""
     policy.require_role(principal, *READERS)
     return source_json(await sources.get(source_id))
@@ -157,7 +164,7 @@ async def change_source(
     data: JSONBody[PatchBody],
     principal: NamedDependency[Principal],
     sources: NamedDependency[Sources],
-) -> dict[str, Any]:
+) -> answers.WebhookSource:
     """Change a source; effective everywhere within half a second."""
     policy.require_role(principal, "operator")
     given = msgspec.structs.asdict(data)
@@ -181,7 +188,7 @@ async def list_secrets(
     sources: NamedDependency[Sources],
     limit: FromQuery[int] = 50,
     cursor: FromQuery[str | None] = None,
-) -> dict[str, Any]:
+) -> answers.SourceSecretList:
     """List the live secrets, newest first, without their values."""
     policy.require_role(principal, *READERS)
     view = await sources.get(source_id)
@@ -195,14 +202,14 @@ async def add_secret(
     principal: NamedDependency[Principal],
     sources: NamedDependency[Sources],
     data: JSONBody[SecretBody | None] = None,
-) -> dict[str, Any]:
+) -> answers.NewSourceSecret:
     """Make a further secret live, as the newest; one that is made here is shown once."""
     policy.require_role(principal, "operator")
     body = data or SecretBody()
     given = Secret(body.secret) if body.secret is not None else None
     row, made = await sources.add_secret(source_id, given, principal, expires_old_in=body.expires_old_in)
     if made is None:
-        return secret_json(row)
+        return cast("answers.NewSourceSecret", secret_json(row))
     show_once(request, row.id)
     return {**secret_json(row), "secret": made.reveal()}
 
@@ -226,7 +233,7 @@ async def list_rejections(
     sources: NamedDependency[Sources],
     limit: FromQuery[int] = 50,
     cursor: FromQuery[str | None] = None,
-) -> dict[str, Any]:
+) -> answers.RejectionList:
     """List what the source refused, newest first: the step that failed, and nothing that was in the request."""
     policy.require_role(principal, *READERS)
     position = position_of(cursor)

@@ -99,7 +99,7 @@ def tail(
 ) -> None:
     """Show the newest records, newest first."""
 
-    async def work(audit: Audit) -> list[dict[str, Any]]:
+    async def work(audit: Audit) -> list[Mapping[str, Any]]:
         rows = await audit.search(action=action, actor=actor, connection_id=connection, limit=limit)
         return [record_json(row) for row in rows]
 
@@ -201,7 +201,7 @@ def _public_keys(path: Path) -> dict[str, str]:
 def keys(as_json: Json = False) -> None:  # noqa: FBT002 - a flag
     """Show the public keys of checkpoints and exports."""
 
-    async def work(audit: Audit) -> list[dict[str, Any]]:
+    async def work(audit: Audit) -> list[Mapping[str, Any]]:
         return [{"key_id": key_id, "public_key": public} for key_id, public in audit.checkpoint_keys().items()]
 
     show_rows(_with_audit(work), ["key_id", "public_key"], as_json=as_json)

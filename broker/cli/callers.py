@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from broker.api.callers import caller_json, key_json
+from broker.api.callers import caller_json, new_key_json
 from broker.app import Parts
 from broker.callers import mint_key
 from broker.cli.running import OPERATOR, Json, json_argument, show_done, show_fields, show_rows, with_parts
@@ -51,7 +51,7 @@ def add(
     """Make a caller; its key is printed once."""
     grants = [json_argument(text, "--grant") for text in grant or []]
 
-    async def work(parts: Parts) -> dict[str, Any]:
+    async def work(parts: Parts) -> Mapping[str, Any]:
         row, key = await parts.callers.add(name, role, grants, expires_at, actor=OPERATOR.caller_id)
         keys = (await parts.callers.keys_of([row.id]))[row.id]
         return {**caller_json(row, keys, parts.callers), "key": key.reveal()}
@@ -66,7 +66,7 @@ def list_(as_json: Json = False) -> None:  # noqa: FBT002 - a flag
     With each key stands when it was last used (true to the minute) and, where it ends, when.
     """
 
-    async def work(parts: Parts) -> list[dict[str, Any]]:
+    async def work(parts: Parts) -> list[Mapping[str, Any]]:
         rows = await parts.callers.page(limit=MOST)
         keys = await parts.callers.keys_of([row.id for row in rows])
         return [caller_json(row, keys[row.id], parts.callers) for row in rows]
@@ -100,9 +100,9 @@ def add_key(
     Two may be live at a time, so a key is replaced without a gap: add one, put it into use, revoke the old one.
     """
 
-    async def work(parts: Parts) -> dict[str, Any]:
+    async def work(parts: Parts) -> Mapping[str, Any]:
         row, key = await parts.callers.add_key(caller_id, actor=OPERATOR.caller_id, expires_at=expires_at)
-        return key_json(row, key)
+        return new_key_json(row, key)
 
     show_fields(with_parts(work), ["id", "expires_at", "key"], as_json=as_json)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
@@ -39,7 +40,7 @@ def list_(
 ) -> None:
     """List connections, newest first."""
 
-    async def work(parts: Parts) -> tuple[list[dict[str, Any]], bool]:
+    async def work(parts: Parts) -> tuple[list[Mapping[str, Any]], bool]:
         wanted = Filter(integration=integration, subject=subject, status=status, limit=limit)
         rows, following = await parts.connections.page(wanted, OPERATOR)
         return [connection_json(row) for row in rows], following is not None
@@ -55,7 +56,7 @@ def list_(
 def show(connection_id: ConnectionId, as_json: Json = False) -> None:  # noqa: FBT002 - a flag
     """Show one connection, all but its credential."""
 
-    async def work(parts: Parts) -> dict[str, Any]:
+    async def work(parts: Parts) -> Mapping[str, Any]:
         return connection_json(await parts.connections.get(connection_id, OPERATOR))
 
     show_fields(with_parts(work), as_json=as_json)
@@ -83,7 +84,7 @@ def confirm(
     """
     given = code or _asked_code()
 
-    async def work(parts: Parts) -> dict[str, Any]:
+    async def work(parts: Parts) -> Mapping[str, Any]:
         wanted = Confirm(connection_id, given, subject, return_to)
         return connection_json(await parts.confirmations.confirm(wanted, OPERATOR, without_return_to=True))
 

@@ -95,9 +95,15 @@ async def follow(broker: Broker, wanted: Wanted, lost: Callable[[str], None]) ->
 
 async def _newest(broker: Broker) -> str:
     """Return the id of the newest event that has its place in the order; what comes is whatever follows it."""
-    answer = _taken(await broker.get("/v1/events?limit=50"))
-    placed = [event["id"] for event in json.loads(answer.body)["data"] if event["number"] is not None]
-    return str(placed[0]) if placed else BEFORE_ALL
+    cursor: str | None = ""
+    while cursor is not None:  # pages may begin with many that wait for their place, and be short for who may see few
+        page = json.loads(_taken(await broker.get(f"/v1/events?limit=200{cursor}")).body)
+        placed = [event["id"] for event in page["data"] if event["number"] is not None]
+        if placed:
+            return str(placed[0])
+        following = page.get("next_cursor")
+        cursor = None if following is None else f"&{urlencode({'cursor': following})}"
+    return BEFORE_ALL
 
 
 async def _told(broker: Broker, wanted: Wanted, last_id: str) -> AsyncGenerator[dict[str, Any]]:

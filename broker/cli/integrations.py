@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,7 +44,7 @@ commands = typer.Typer(help="Configured providers.", no_args_is_help=True)
 def list_(as_json: Json = False) -> None:  # noqa: FBT002 - a flag
     """List configured providers, newest first."""
 
-    async def work(parts: Parts) -> list[dict[str, Any]]:
+    async def work(parts: Parts) -> list[Mapping[str, Any]]:
         return [integration_json(view) for view in await parts.integrations.page(limit=MOST)]
 
     show_rows(with_parts(work), ["name", "provider", "status", "client_id", "scopes"], as_json=as_json)
@@ -89,7 +90,7 @@ def add(
         config=_object(config, "--config"),
     )
 
-    async def work(parts: Parts) -> dict[str, Any]:
+    async def work(parts: Parts) -> Mapping[str, Any]:
         shown = integration_json(await parts.integrations.create(draft, OPERATOR))
         return {**shown, "callback": parts.integrations.redirect_uri(name)}
 
@@ -110,7 +111,7 @@ def run_test(name: IntegrationName, as_json: Json = False) -> None:  # noqa: FBT
     The client is tried with a made-up code, which a provider refuses otherwise than a wrong secret. Status 1 when it is wrong.
     """
 
-    async def work(parts: Parts) -> dict[str, Any]:
+    async def work(parts: Parts) -> Mapping[str, Any]:
         return await probe(parts.integrations, parts.egress, name)
 
     verdict = with_parts(work)
@@ -129,7 +130,7 @@ SECRET_FIELDS = ["id", "state", "source", "created_at", "last_used_at", "refused
 def secrets_(name: IntegrationName, as_json: Json = False) -> None:  # noqa: FBT002 - a flag
     """List client secrets, newest first, without their values."""
 
-    async def work(parts: Parts) -> list[dict[str, Any]]:
+    async def work(parts: Parts) -> list[Mapping[str, Any]]:
         return [secret_json(row) for row in await parts.integrations.secrets(name)]
 
     show_rows(with_parts(work), SECRET_FIELDS, as_json=as_json)
@@ -157,7 +158,7 @@ def add_secret(
     secret = guarded(lambda: secret_from(client_secret_file))
     assert secret is not None  # noqa: S101 - there is a file
 
-    async def work(parts: Parts) -> dict[str, Any]:
+    async def work(parts: Parts) -> Mapping[str, Any]:
         row = await parts.integrations.add_secret(name, secret, OPERATOR, canary=canary)
         rotation = await parts.integrations.canary(row.id)
         return {**secret_json(row), "rotation_id": rotation.id if rotation is not None else None}
@@ -169,7 +170,7 @@ def add_secret(
 def promote_secret(name: IntegrationName, secret_id: SecretId, as_json: Json = False) -> None:  # noqa: FBT002 - a flag
     """Make a candidate live without waiting for its canary."""
 
-    async def work(parts: Parts) -> dict[str, Any]:
+    async def work(parts: Parts) -> Mapping[str, Any]:
         return secret_json(await parts.integrations.promote_secret(name, secret_id, OPERATOR))
 
     show_fields(with_parts(work), ["id", "state"], as_json=as_json)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import Annotated, Any
 
 import typer
@@ -33,7 +33,7 @@ commands = typer.Typer(help="The broker's own keys; no command shows one.", no_a
 def list_(as_json: Json = False) -> None:  # noqa: FBT002 - a flag
     """List the keys of each class, and how many values are under each."""
 
-    async def work(parts: Parts) -> list[dict[str, Any]]:
+    async def work(parts: Parts) -> list[Mapping[str, Any]]:
         return [class_json(one) for one in await parts.rotations.report()]
 
     classes = with_parts(work)
@@ -56,7 +56,7 @@ def rotate(
     does all of it. Interrupted, it goes on in them, or with the next call. Status 1 when it fails.
     """
 
-    async def work(parts: Parts) -> dict[str, Any]:
+    async def work(parts: Parts) -> Mapping[str, Any]:
         if dry_run:
             return rotation_json(await parts.rotations.start(key_class, actor=OPERATOR.caller_id, dry_run=True))
         row = await parts.rotations.active(key_class)
@@ -76,7 +76,7 @@ def rotations(
 ) -> None:
     """List rotations, newest first."""
 
-    async def work(parts: Parts) -> list[dict[str, Any]]:
+    async def work(parts: Parts) -> list[Mapping[str, Any]]:
         return [rotation_json(row) for row in await parts.rotations.page(limit=limit)]
 
     show_rows(with_parts(work), [*SHOWN, "created_at"], as_json=as_json)
@@ -86,7 +86,7 @@ def rotations(
 def pause(rotation_id: RotationId, as_json: Json = False) -> None:  # noqa: FBT002 - a flag
     """Stop a rotation before its next batch, in every process."""
 
-    async def work(parts: Parts) -> dict[str, Any]:
+    async def work(parts: Parts) -> Mapping[str, Any]:
         return rotation_json(await parts.rotations.pause(rotation_id, actor=OPERATOR.caller_id))
 
     _show(with_parts(work), as_json=as_json)
@@ -105,14 +105,14 @@ def resume(
     A failed one is looked at anew. What is abandoned is lost for good; what opens is never abandoned.
     """
 
-    async def work(parts: Parts) -> dict[str, Any]:
+    async def work(parts: Parts) -> Mapping[str, Any]:
         row = await parts.rotations.resume(rotation_id, actor=OPERATOR.caller_id, abandon_unreadable=abandon_unreadable)
         return await _driven(parts, row)
 
     _show(with_parts(work), as_json=as_json)
 
 
-def _show(row: dict[str, Any], *, as_json: bool) -> None:
+def _show(row: Mapping[str, Any], *, as_json: bool) -> None:
     shown = {**row, **{name: value for name, value in row["detail"].items() if name != "old_keys"}}
     names = [*SHOWN, *(name for name in shown if name in row["detail"] and shown[name])]
     show_fields(row if as_json else shown, names, as_json=as_json)
@@ -123,7 +123,7 @@ def _show(row: dict[str, Any], *, as_json: bool) -> None:
 # Driving
 
 
-async def _driven(parts: Parts, row: Rotation) -> dict[str, Any]:
+async def _driven(parts: Parts, row: Rotation) -> Mapping[str, Any]:
     """Do the work, or watch others do it, until the rotation is over or paused; this process counts as one that has keys."""
     async with parts.replicas.beating("cli"):
         with _bar() as shown:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import resource
 import signal
 import sys
 from typing import Annotated, Any
@@ -62,14 +64,22 @@ def serve(
         log_config=None,
         proxy_headers=False,
         server_header=False,
-        timeout_graceful_shutdown=30,
+        timeout_graceful_shutdown=settings.grace_seconds,
     )
 
 
 def _started() -> Settings:
     settings = guarded(load_settings)
     configure_logging(settings)
+    _raise_open_files()
     return settings
+
+
+def _raise_open_files() -> None:
+    """Use as many open files as the machine allows: the usual soft limit, 1,024, is for programs that use ``select``."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):  # where the system allows less than it says
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 async def _try_opening(settings: Settings) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
 
-from broker.api.providers import provider_json
+from broker.api.providers import provider_json, whole_provider_json
 from broker.cli.running import Json, Refused, guarded, show_fields, show_json, show_rows
 from providers import authoring, load_catalog
 
@@ -17,7 +18,7 @@ commands = typer.Typer(help="The catalog of providers.", no_args_is_help=True)
 def list_(as_json: Json = False) -> None:  # noqa: FBT002 - a flag
     """List the catalog."""
     catalog = guarded(load_catalog)
-    rows = [provider_json(catalog[name], schema=False) for name in sorted(catalog)]
+    rows = [provider_json(catalog[name]) for name in sorted(catalog)]
     show_rows(rows, ["name", "title", "credential_types", "docs_url"], as_json=as_json)
 
 
@@ -31,11 +32,11 @@ def show(
     As JSON with the schema of an integration's config.
     """
 
-    def found() -> dict[str, Any]:
+    def found() -> Mapping[str, Any]:
         catalog = load_catalog()
         if name not in catalog:
             raise Refused("there is no such provider; see `broker providers list`")
-        return provider_json(catalog[name], schema=as_json)
+        return whole_provider_json(catalog[name]) if as_json else provider_json(catalog[name])
 
     show_fields(guarded(found), as_json=as_json)
 

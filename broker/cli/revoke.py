@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import msgspec
@@ -71,7 +72,7 @@ def revoke(
     given = {"integration": integration, "subject": subject, "tag": tag, "scope": scope, "issued_before": issued_before}
     selector = guarded(lambda: _selector({**given, "all": True if everything else None}))
 
-    async def work(parts: Parts) -> dict[str, Any]:
+    async def work(parts: Parts) -> Mapping[str, Any]:
         counts = await parts.revocations.count(action, selector)
         total = sum(counts.values())
         if dry_run:
@@ -126,7 +127,7 @@ def lift(
 ) -> None:
     """Lift a freeze: what no other freeze holds is what it was before."""
 
-    async def work(parts: Parts) -> dict[str, Any]:
+    async def work(parts: Parts) -> Mapping[str, Any]:
         row = await parts.revocations.lift(revocation_id, OPERATOR)
         await parts.revocations.work_on(row)
         return revocation_json(await parts.revocations.get(revocation_id))

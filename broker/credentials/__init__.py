@@ -231,7 +231,7 @@ class Credentials:
     async def mark_ended(self, over: GrantOver) -> list[str]:
         """Mark the connections whose grant is over by their provider's word; return their ids. They yield nothing any more.
 
-        Not those that were granted later, nor any where the connections are of several clients and nothing says which is meant.
+        Not those that were granted later, nor any where several clients may be meant and nothing says which.
         A refresh under way changes nothing about it. May be repeated: what is marked already is not marked again. Raises
         DatabaseUnavailable, AuditUnavailable.
         """

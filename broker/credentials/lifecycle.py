@@ -15,7 +15,7 @@ from broker.audit import Audit
 from broker.credentials.freezes import active_freezes
 from broker.credentials.outcomes import system_entry
 from broker.database import Database
-from broker.models import Connection, RevocationResult
+from broker.models import Connection, Integration, RevocationResult
 
 WHOLE_SECOND: Final = 1.0  # providers cut their times off
 NOT_GRANTED: Final = ("api_key", "basic", "aws")  # keys that a person made: no app was ever granted anything
@@ -27,7 +27,9 @@ class GrantOver:
     """What is over by the provider's word.
 
     ``which``: conditions of the connections that are meant, by provider and account. ``client_id``: the client that was
-    granted this; None: the event does not say. ``at``: when, seconds since 1970; what was granted later is meant by nobody.
+    granted this; None: the event does not say. ``only_client_of``: a provider whose integrations have to be of one client all,
+    since nothing says which of them is meant; None: something does. ``at``: when, seconds since 1970; what was granted later
+    is meant by nobody.
     ``reason``: the event's type, which becomes ``status_reason``.
     """
 
@@ -37,6 +39,7 @@ class GrantOver:
     at: float
     reason: str
     event_id: str
+    only_client_of: str | None = None
 
 
 class Marking:
@@ -67,13 +70,17 @@ class Marking:
 
 
 def _meant(session: Session, over: GrantOver) -> list[Connection]:
-    """Return the connections that are meant, locked; none where they are of several clients and nothing says which."""
+    """Return the connections that are meant, locked; none where several clients may be meant and nothing says which."""
     live = (col(Connection.status).not_in(("pending", "revoked")), col(Connection.deleted_at).is_(None))
     query = select(Connection).where(*over.which, *live, col(Connection.credential_type).not_in(NOT_GRANTED))
     if over.client_id is not None:
         query = query.where(Connection.client_id == over.client_id)
     rows = list(session.exec(query.order_by(col(Connection.id)).with_for_update()))
-    if len({row.client_id for row in rows}) > 1:
+    clients = {row.client_id for row in rows}
+    if over.only_client_of is not None:  # an app without a connection of this account may be the one that ended
+        of_provider = select(Integration.client_id).where(Integration.provider == over.only_client_of)
+        clients |= set(session.exec(of_provider)) - {""}
+    if len(clients) > 1:
         log.warning("connection.lifecycle_ambiguous", event_id=over.event_id, event_type=over.reason, found=len(rows))
         return []
     return [row for row in rows if (row.granted_at or row.created_at) <= over.at + WHOLE_SECOND]

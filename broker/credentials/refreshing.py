@@ -33,6 +33,7 @@ from broker.errors import (
     UpstreamTimeout,
 )
 from broker.integrations import Configured, Integrations
+from broker.limits import waiting_elsewhere
 from broker.models import Connection
 from broker.refresh import Failure, wait_for
 from broker.token_endpoint import Client, Heard
@@ -109,7 +110,8 @@ class Refreshing:
             task = asyncio.create_task(self._refresh(connection_id, seen_version))
             self._running[key] = task
             task.add_done_callback(lambda done: self._forget(key, done))
-        await asyncio.wait({task}, timeout=patience_seconds)
+        with waiting_elsewhere():  # for the provider, or another process: thousands may, and nothing is overloaded
+            await asyncio.wait({task}, timeout=patience_seconds)
         if not task.done():
             raise UpstreamTimeout("the refresh goes on; ask again")
         if task.cancelled():

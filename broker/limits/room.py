@@ -17,10 +17,14 @@ from typing import Final, Self
 
 from broker.errors import Overloaded
 
-SHARE: Final = 2  # who has twice as many places as are free gets no more: alone two thirds of all, among many an even part
+SHARE: Final = (
+    2  # who has twice as many places as are free gets no more: alone two thirds of all, among many an even part
+)
 BURST_SECONDS: Final = 3.0
 CALM_SECONDS: Final = 3.0
-LATER_SECONDS: Final = (1, 3)  # Retry-After, so that those who were refused together do not come back together
+# Retry-After. Several, so that those who were refused together do not come back together; not 1, because among many clients that
+# try again soon more is refused than served, and a refusal costs a third of an answer.
+LATER_SECONDS: Final = (2, 3, 4)
 
 
 class Room:
@@ -31,19 +35,32 @@ class Room:
     ``CALM_SECONDS``; ``most`` never.
     """
 
-    def __init__(self, most: int, most_busy: int | None = None, *, monotonic: Callable[[], float] = time.monotonic) -> None:
-        """Begin empty. ``most_busy``: None for no second bound."""
+    def __init__(
+        self,
+        most: int,
+        most_busy: int | None = None,
+        *,
+        burst_seconds: float = BURST_SECONDS,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Begin empty. ``most_busy``: None for no second bound; ``burst_seconds``: how long that may be passed."""
         self._most = most
         self._most_busy = most if most_busy is None else most_busy
+        self._burst_seconds = burst_seconds
         self._monotonic = monotonic
         self._inside = self._busy = 0
-        self._shares: dict[str, _Share] = {}
+        self._shares: dict[str, Share] = {}
         self._burst_began = self._full_at = -CALM_SECONDS
 
     @property
     def inside(self) -> int:
         """How many requests are in it now."""
         return self._inside
+
+    @property
+    def busy(self) -> int:
+        """How many of them are worked on."""
+        return self._busy
 
     def enter(self) -> None:
         """Count a request whose caller is not known yet (Overloaded when there are too many); ``leave`` has to follow."""
@@ -62,7 +79,7 @@ class Room:
         """
         share = self._shares.get(caller)
         if share is None:
-            share = _Share()
+            share = Share()
         if share.inside > SHARE * (self._most - self._inside):
             raise _overloaded()
         if share.busy > SHARE * (self._most_busy - self._busy - 1) and self._stays_full():
@@ -77,24 +94,27 @@ class Room:
         if at - self._full_at >= CALM_SECONDS:
             self._burst_began = at
         self._full_at = at
-        return at - self._burst_began >= BURST_SECONDS
+        return at - self._burst_began >= self._burst_seconds
 
-    def _change_busy(self, share: _Share, by: int) -> None:
+    def change_busy(self, share: Share, by: int) -> None:
+        """Count a place as worked on (1) or not (-1)."""
         self._busy += by
         share.busy += by
 
-    def _left(self, caller: str, share: _Share) -> None:
+    def give_back(self, caller: str, share: Share) -> None:
+        """Count a place as free."""
         share.inside -= 1
         if not share.inside:
             del self._shares[caller]
 
 
-class _Share:
+class Share:
     """What one caller has of a room."""
 
     __slots__ = ("busy", "inside")
 
     def __init__(self) -> None:
+        """Begin with nothing."""
         self.inside = self.busy = 0
 
 
@@ -103,13 +123,13 @@ class Place:
 
     __slots__ = ("_away", "_caller", "_ended", "_room", "_share")
 
-    def __init__(self, room: Room, caller: str, share: _Share) -> None:
+    def __init__(self, room: Room, caller: str, share: Share) -> None:
         """Belong to a caller's share, which counts it already."""
         self._room, self._caller, self._share = room, caller, share
         self._away, self._ended = 0, False
 
     def __enter__(self) -> Self:
-        self._room._change_busy(self._share, 1)  # noqa: SLF001 - the room's own
+        self._room.change_busy(self._share, 1)
         _PLACE.set(self)
         return self
 
@@ -118,15 +138,15 @@ class Place:
     ) -> None:
         self._ended = True
         if not self._away:
-            self._room._change_busy(self._share, -1)  # noqa: SLF001
-        self._room._left(self._caller, self._share)  # noqa: SLF001
+            self._room.change_busy(self._share, -1)
+        self._room.give_back(self._caller, self._share)
 
     def step(self, by: int) -> None:
         """Step out (1) or back in (-1); steps may be nested, and after the end they count for nothing."""
         was_away = self._away > 0
         self._away += by
         if not self._ended and was_away != (self._away > 0):
-            self._room._change_busy(self._share, -by)  # noqa: SLF001
+            self._room.change_busy(self._share, -by)
 
 
 _PLACE: contextvars.ContextVar[Place | None] = contextvars.ContextVar("place", default=None)
@@ -150,4 +170,4 @@ def waiting_elsewhere() -> Iterator[None]:
 
 
 def _overloaded() -> Overloaded:
-    return Overloaded(retry_after_seconds=random.randint(*LATER_SECONDS))  # noqa: S311 - no secret
+    return Overloaded(retry_after_seconds=LATER_SECONDS[int(random.random() * len(LATER_SECONDS))])  # noqa: S311 - no secret

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from urllib.parse import urlsplit, urlunsplit
 
 import structlog
 from limits import RateLimitItem, RateLimitItemPerSecond
@@ -16,11 +17,20 @@ from redis.exceptions import RedisError
 
 from broker.limits.windows import Rate
 
+REDIS_PORT = 6379
 ANSWER_SECONDS = 0.25
 AWAY_SECONDS = 2.0
 WARN_SECONDS = 60.0
 SHORTEST_WAIT_SECONDS = 0.01
 log = structlog.get_logger()
+
+
+def _with_port(url: str) -> str:
+    """Return the URL with Redis's port where it names none: the library insists on one."""
+    parts = urlsplit(url)
+    if parts.port is not None:
+        return url
+    return urlunsplit(parts._replace(netloc=f"{parts.netloc.removesuffix(':')}:{REDIS_PORT}"))
 
 
 class SharedWindows:
@@ -36,7 +46,7 @@ class SharedWindows:
     ) -> None:
         """Connect when the first call comes. ``url`` is redis://… or rediss://… and is never logged."""
         self._storage = RedisStorage(
-            f"async+{url}",
+            f"async+{_with_port(url)}",
             implementation="redispy",
             key_prefix="broker-rates",
             socket_timeout=ANSWER_SECONDS,

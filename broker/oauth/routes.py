@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from http import HTTPStatus
 from typing import Any
 from urllib.parse import parse_qsl, quote, urlencode
 
@@ -12,6 +13,7 @@ from litestar.connection import Request
 from litestar.datastructures import Cookie
 from litestar.di import NamedDependency
 from litestar.enums import HttpMethod, MediaType
+from litestar.openapi.datastructures import ResponseSpec
 from litestar.params import FromPath
 
 from broker.errors import FlowError, RateLimited
@@ -26,7 +28,26 @@ AnyRequest = Request[Any, Any, Any]
 READ = [HttpMethod.GET, HttpMethod.HEAD]
 
 
-@route("/oauth/{integration:str}/start", http_method=READ, include_in_schema=True)
+def browser_answers(*statuses: int) -> dict[int, ResponseSpec]:
+    """Return the documentation of what a browser gets besides: redirects, pages, and nothing for what is no click."""
+    found = sorted({400, 429, 500, 503, *statuses})
+    return {
+        status: ResponseSpec(
+            str if status == 200 or status >= 400 else None,
+            generate_examples=False,
+            description=HTTPStatus(status).phrase,
+            media_type=MediaType.HTML,
+        )
+        for status in found
+    }
+
+
+@route(
+    "/oauth/{integration:str}/start",
+    http_method=READ,
+    status_code=302,
+    responses=browser_answers(204, 302, 303, 404),
+)
 async def start(
     integration: FromPath[str],
     request: AnyRequest,
@@ -66,7 +87,12 @@ def bound(response: Response[None], started: Started, cookies: Mapping[str, str]
     return response
 
 
-@route("/oauth/{integration:str}/callback", http_method=READ, include_in_schema=True)
+@route(
+    "/oauth/{integration:str}/callback",
+    http_method=READ,
+    status_code=303,
+    responses=browser_answers(200, 204, 302, 303),
+)
 async def callback(
     integration: FromPath[str],
     request: AnyRequest,

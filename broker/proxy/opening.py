@@ -18,7 +18,7 @@ from broker.integrations import Integrations
 from broker.limits import Breakers, Rates, rate_per_second
 from broker.proxy.forward import Bounds, Forwarding
 from broker.proxy.outcomes import Outcomes
-from broker.proxy.routes import App, ProxyRoute
+from broker.proxy.routes import MOST_CALLS, App, ProxyRoute
 from broker.settings import Settings
 from broker.telemetry import Metrics
 from broker.tracing import Tracing
@@ -33,6 +33,7 @@ class ProxyParts:
     in_use: InUse
     activity: Activity
     settings: Settings
+    most_calls: int = MOST_CALLS  # at once
 
     def before(self, app: App) -> ProxyRoute:
         """Return the application with the proxy's route in front of it."""
@@ -44,6 +45,7 @@ class ProxyParts:
             public_url=self.settings.public_url,
             proxy_domain=self.settings.proxy_domain,
             most_bytes=self.settings.proxy_most_bytes,
+            most_calls=self.most_calls,
         )
 
 

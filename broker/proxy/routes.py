@@ -30,6 +30,7 @@ from broker.errors import (
     PayloadTooLarge,
     problem_of,
 )
+from broker.limits.room import SHARE
 from broker.listening import CUT, GONE, RAW_TARGET
 from broker.proxy.answering import BODY, START, Limits, Passed, ReaderStalled, Send, own_fields, pass_on
 from broker.proxy.fields import Rewriter
@@ -133,8 +134,9 @@ class ProxyRoute:
         public_url: str,
         proxy_domain: str | None,
         most_bytes: int,
+        most_calls: int = MOST_CALLS,
     ) -> None:
-        """Wrap the application. ``most_bytes``: of a body, each way."""
+        """Wrap the application. ``most_bytes``: of a body, each way; ``most_calls``: under way at once."""
         self._app = app
         self._forwarding = forwarding
         self._in_use = in_use
@@ -142,6 +144,7 @@ class ProxyRoute:
         self._public_url = public_url.rstrip("/")
         self._proxy_domain = proxy_domain
         self._most_bytes = most_bytes
+        self._most_calls = most_calls
         self._running = 0
         self._running_of: dict[str, int] = {}
         self._young: set[_Exchange] = set()  # begun since the last patrol
@@ -204,13 +207,13 @@ class ProxyRoute:
 
     def require_room(self) -> None:
         """Raise Overloaded when too many calls are under way in this process."""
-        if self._running > MOST_CALLS:
+        if self._running > self._most_calls:
             raise Overloaded
 
     def take_room(self, caller_id: str) -> None:
-        """Count a call of a caller, who may have half of the room (Overloaded); ``give_room`` has to follow."""
+        """Count a call of a caller, who may have twice what is free (Overloaded); ``give_room`` has to follow."""
         count = self._running_of.get(caller_id, 0)
-        if count >= MOST_CALLS // 2:
+        if count > SHARE * (self._most_calls - self._running):
             raise Overloaded("This caller has too many calls under way")
         self._running_of[caller_id] = count + 1
 

@@ -10,13 +10,13 @@ from sqlmodel import Session, col, select
 from broker.database import now
 from broker.models import ClientSecret, DataKey, KeyCheck, SystemKey
 
-CLIENT_SECRET: Final = "client-secret"
+CLIENT_SECRETS: Final = "client-secrets"
 
 
 def key_ages(session: Session) -> dict[str, float]:
     """Return, by class, for how many seconds its current key has been in use; a class without one is left out.
 
-    ``encryption``: since the key that wraps the current data key was first seen. ``client-secret``: of the integration whose
+    ``encryption``: since the key that wraps the current data key was first seen. ``client-secrets``: of the integration whose
     newest client secret is the oldest. Reads a few rows, but for one of each client secret.
     """
     began = {**_encryption(session), **_data(session), **_system(session), **_client_secrets(session)}
@@ -27,7 +27,8 @@ def key_ages(session: Session) -> dict[str, float]:
 def _encryption(session: Session) -> dict[str, float]:
     wrapping = select(DataKey.wrapped_by).where(col(DataKey.current))
     query = select(KeyCheck.created_at).where(col(KeyCheck.key_id).in_(wrapping))
-    return {"encryption": min(found) for found in [list(session.exec(query))] if found}
+    found = list(session.exec(query))
+    return {"encryption": min(found)} if found else {}
 
 
 def _data(session: Session) -> dict[str, float]:
@@ -45,4 +46,4 @@ def _client_secrets(session: Session) -> dict[str, float]:
     newest = sa.func.max(col(ClientSecret.created_at)).label("newest")
     each = sa.select(newest).group_by(col(ClientSecret.integration)).subquery()
     oldest = session.execute(sa.select(sa.func.min(each.c.newest))).scalar_one()
-    return {} if oldest is None else {CLIENT_SECRET: oldest}
+    return {} if oldest is None else {CLIENT_SECRETS: oldest}

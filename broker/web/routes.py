@@ -21,6 +21,7 @@ from broker.oauth.return_to import allowed_return_to
 from broker.oauth.routes import (
     READ,
     address_of,
+    browser_answers,
     claimed,
     cookies_of,
     nothing,
@@ -51,7 +52,7 @@ async def asset(name: FromPath[str], pages: NamedDependency[Pages]) -> Response[
     return Response(pages.stylesheet, media_type=MediaType.CSS, headers=headers)
 
 
-@route("/connect", http_method=READ)
+@route("/connect", http_method=READ, media_type=MediaType.HTML, responses=browser_answers(204, 303))
 async def show(
     request: AnyRequest,
     sessions: NamedDependency[Sessions],

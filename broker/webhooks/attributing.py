@@ -1,13 +1,15 @@
 """Which connection an event belongs to, by the account that it names; and the events that wait for one.
 
-An account that one connection has is that connection's. Where several have it, such as two subjects who connected the same
-shop, the event is nobody's: it keeps the account's id, and whoever may see events of no connection sees it.
+An account that one connection has is that connection's; of the source's integration, where it names one. Where several have it,
+such as two subjects who connected the same shop, the event is nobody's: it keeps the account's id, and whoever may see events
+of no connection sees it.
 """
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -15,7 +17,7 @@ import sqlalchemy as sa
 from sqlmodel import Session, col
 
 from broker.database import Database, GroupReader
-from broker.models import Connection, WebhookEvent
+from broker.models import Connection, WebhookEvent, WebhookSource
 from broker.webhooks.configured import Source
 from providers.spec import Received
 from providers.webhook_accounts import account_of, ended_by
@@ -25,7 +27,10 @@ BELIEVED_SECONDS: Final = 2.0
 MOST_KEPT: Final = 10_000
 MOST_RELEASED: Final = 200  # accounts at once
 LIVE: Final = (col(Connection.status).not_in(("pending", "revoked")), col(Connection.deleted_at).is_(None))
-Key = tuple[str, str]  # a provider, and an account's id there
+Key = tuple[
+    str, str, str | None
+]  # a provider, an account's id there, and the integration that alone counts, if one does
+Parked = tuple[str, str, str | None]  # a provider, an account's id there, and the source of the events
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +71,7 @@ class Attributing:
             account_id = ended.accounts[0]
         if source.connection_id is not None or account_id is None:
             return Attribution(source.connection_id, account_id, lifecycle=ended is not None)
-        found = await self._known((source.provider, account_id))
+        found = await self._known((source.provider, account_id, source.integration))
         return Attribution(
             found[0] if len(found) == 1 else None,
             account_id,
@@ -93,16 +98,41 @@ def connections_of(connection: sa.Connection, keys: Sequence[Key]) -> list[Seque
     exact = {key for key in wanted if not key[1].endswith("*")}
     found: dict[Key, Sequence[str]] = {key: _beginning_so(connection, key) for key in wanted - exact}
     if exact:
-        columns = (col(Connection.provider), col(Connection.account_id))
-        one = sa.func.min(col(Connection.id))
-        query = sa.select(*columns, one, sa.func.max(col(Connection.id))).where(sa.tuple_(*columns).in_(exact), *LIVE)
-        for provider, account_id, first, last in connection.execute(query.group_by(*columns)):
-            found[provider, str(account_id)] = (first,) if first == last else (first, last)
+        held = _of_accounts(connection, {key[:2] for key in exact})
+        found |= {key: _ids(held.get(key[:2], {}), key[2]) for key in exact}
     return [found.get(key, ()) for key in keys]
+
+
+def _of_accounts(
+    connection: sa.Connection, accounts: Collection[tuple[str, str]]
+) -> dict[tuple[str, str], dict[str, tuple[str, str]]]:
+    """Return by account and integration the first and the last of the live connections' ids."""
+    columns = (col(Connection.provider), col(Connection.account_id))
+    ids = (sa.func.min(col(Connection.id)), sa.func.max(col(Connection.id)))
+    of_integration = (*columns, col(Connection.integration))
+    query = sa.select(*of_integration, *ids).where(sa.tuple_(*columns).in_(accounts), *LIVE)
+    held: dict[tuple[str, str], dict[str, tuple[str, str]]] = {}
+    for provider, account_id, integration, first, last in connection.execute(query.group_by(*of_integration)):
+        held.setdefault((provider, str(account_id)), {})[integration] = (first, last)
+    return held
+
+
+def _ids(held: Mapping[str, tuple[str, str]], integration: str | None) -> tuple[str, ...]:
+    ids = {one for name, pair in held.items() if integration in {None, name} for one in pair}
+    return tuple(sorted(ids)[:2])
 
 
 def _beginning_so(connection: sa.Connection, key: Key) -> Sequence[str]:
     query = sa.select(col(Connection.id)).where(col(Connection.provider) == key[0], account_is(key[1]), *LIVE)
+    if key[2] is not None:
+        query = query.where(col(Connection.integration) == key[2])
+    if (
+        connection.dialect.name == "sqlite"
+    ):  # it compares bytes, so its index has them together; its reads hold up the loop
+        begin = key[1][:-1]
+        query = query.where(
+            col(Connection.account_id) >= begin, col(Connection.account_id) < begin + chr(sys.maxunicode)
+        )
     return tuple(connection.execute(query.limit(2)).scalars())
 
 
@@ -112,6 +142,13 @@ def account_is(account_id: str) -> sa.ColumnElement[bool]:
         return col(Connection.account_id) == account_id
     begin = account_id[:-1]
     return sa.func.substr(col(Connection.account_id), 1, len(begin)) == begin  # no collation has a say in it
+
+
+def account_is_one_of(account_ids: Collection[str]) -> sa.ColumnElement[bool]:
+    """Return the condition that a connection is of one of these accounts, ever so many of them (SQLite bears 1000 ORs)."""
+    exact = [one for one in account_ids if not one.endswith("*")]
+    begins = (account_is(one) for one in account_ids if one.endswith("*"))
+    return sa.or_(col(Connection.account_id).in_(exact), *begins)
 
 
 # Parked events
@@ -126,24 +163,31 @@ def release(session: Session, event_ids: Sequence[str]) -> int:
     return int(session.execute(freed).rowcount)  # type: ignore[attr-defined]
 
 
-def awaited(connection: sa.Connection) -> list[tuple[Key, Sequence[str]]]:
-    """Return the accounts that parked events wait for and that have a connection by now, with its id, or two."""
-    query = sa.select(col(WebhookEvent.provider), col(WebhookEvent.account_id)).where(
-        *_PARKED, col(WebhookEvent.account_id).is_not(None)
-    )
-    keys: list[Key] = [(provider, str(account_id)) for provider, account_id in connection.execute(query.distinct())]
-    pairs: list[tuple[Key, Sequence[str]]] = []
-    for start in range(0, len(keys), MOST_RELEASED):
-        some = keys[start : start + MOST_RELEASED]
-        pairs += [(key, ids) for key, ids in zip(some, connections_of(connection, some), strict=True) if ids]
+def awaited(connection: sa.Connection) -> list[tuple[Parked, Sequence[str]]]:
+    """Return what parked events wait for that has a connection by now, with its id, or two."""
+    query = sa.select(col(WebhookEvent.provider), col(WebhookEvent.account_id), col(WebhookEvent.source_id))
+    rows = connection.execute(query.where(*_PARKED, col(WebhookEvent.account_id).is_not(None)).distinct())
+    parked: list[Parked] = [(provider, str(account_id), source_id) for provider, account_id, source_id in rows]
+    within = _integrations(connection, {one[2] for one in parked if one[2] is not None})
+    pairs: list[tuple[Parked, Sequence[str]]] = []
+    for start in range(0, len(parked), MOST_RELEASED):
+        some = parked[start : start + MOST_RELEASED]
+        keys = [(provider, account_id, within.get(source_id or "")) for provider, account_id, source_id in some]
+        pairs += [(one, ids) for one, ids in zip(some, connections_of(connection, keys), strict=True) if ids]
     return pairs
 
 
-def release_awaited(session: Session, matched: Sequence[tuple[Key, Sequence[str]]]) -> int:
-    """Let the parked events of these accounts go, each to its connection where it is the only one; return how many."""
+def _integrations(connection: sa.Connection, source_ids: Collection[str]) -> dict[str, str | None]:
+    query = sa.select(col(WebhookSource.id), col(WebhookSource.config)).where(col(WebhookSource.id).in_(source_ids))
+    return {source_id: config.get("integration") for source_id, config in connection.execute(query)}
+
+
+def release_awaited(session: Session, matched: Sequence[tuple[Parked, Sequence[str]]]) -> int:
+    """Let these parked events go, each to its connection where it is the only one; return how many."""
     count = 0
-    for (provider, account_id), ids in matched:
-        mine = (col(WebhookEvent.provider) == provider, col(WebhookEvent.account_id) == account_id)
+    for (provider, account_id, source_id), ids in matched:
+        mine = [col(WebhookEvent.provider) == provider, col(WebhookEvent.account_id) == account_id]
+        mine.append(col(WebhookEvent.source_id) == source_id)
         owner = ids[0] if len(ids) == 1 else None
         freed = sa.update(WebhookEvent).where(*_PARKED, *mine).values(parked=False, connection_id=owner)
         count += int(session.execute(freed).rowcount)  # type: ignore[attr-defined]

@@ -27,7 +27,7 @@ class Backlog(NamedTuple):
 
 async def measure(database: Database, metrics: Metrics) -> None:
     """Show what waits now: for the worker, every ``EVERY_SECONDS``."""
-    found = await database.read(backlog)
+    found = await database.read_aside(backlog)
     counts = {"open": found.open, "held": found.held, "dead": found.dead}
     metrics.webhook_backlog(counts, waiting=found.waiting, parked=found.parked, oldest_seconds=found.oldest_seconds)
 

@@ -25,7 +25,7 @@ class Source:
 
     ``secrets``: the live ones, newest first. ``public_url``: where the source is known outside, None: the broker's public URL
     and the request's path. ``seal``: bodies are sealed in the database. ``park_unmatched``: an event of no known connection
-    waits for one instead of being delivered.
+    waits for one instead of being delivered. ``integration``: whose app posts here: its events belong to no other's connection.
     """
 
     id: str
@@ -41,6 +41,7 @@ class Source:
     seal: bool
     park_unmatched: bool
     enabled: bool
+    integration: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

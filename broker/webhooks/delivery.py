@@ -42,6 +42,7 @@ from broker.webhooks.queue import (
     Outcome,
     Taken,
     claim,
+    ends_a_turn,
     extend,
     last_number,
     record,
@@ -262,12 +263,16 @@ class Delivery:
 
     async def _begin_all(self, lane: Lane) -> None:
         """Begin what waits in a lane, as fast as its subscriber, its breaker and the process's bounds allow."""
-        while lane.waiting and lane.receiver is not None and self._monotonic() >= lane.held_until:
-            if lane.rate is not None and not await self._rate_allows(lane):
-                break
-            await self._room(lane, lane.waiting[0].size or 0)
-            if lane.receiver is None or not self._begin(lane, lane.receiver):
-                break
+        try:
+            while lane.waiting and lane.receiver is not None and self._monotonic() >= lane.held_until:
+                if lane.rate is not None and not await self._rate_allows(lane):
+                    break
+                await self._room(lane, lane.waiting[0].size or 0)
+                if lane.receiver is None or not self._begin(lane, lane.receiver):
+                    break
+        except Exception:
+            log.exception("delivery.defect", subscription_id=lane.subscription_id)
+            lane.hold(self._monotonic() + LOOK_SECONDS)
         self._give_back(lane.waiting)
         lane.waiting.clear()
 
@@ -314,6 +319,8 @@ class Delivery:
         finally:
             self._over(lane, taken, leave)
         await self._record([outcome])
+        if ends_a_turn(outcome):
+            self._awake.set()  # the next one in its line is due since the record
 
     def _over(self, lane: Lane, taken: Taken, leave: Pass) -> None:
         size = taken.size or 0
@@ -343,6 +350,9 @@ class Delivery:
             return Outcome(taken, None, delay_seconds=POSTPONED_SECONDS)
         except DatabaseUnavailable:
             return Outcome(taken, None, delay_seconds=LOOK_SECONDS)
+        except Exception:  # else the heartbeat would keep it here, unsent, for as long as this process lives
+            log.exception("delivery.defect", delivery_id=taken.id)
+            return Outcome(taken, None, delay_seconds=POSTPONED_SECONDS)
         if request is None:
             return Outcome(taken, Next("dead", reason="event_erased"))
         began = self._monotonic()
@@ -353,6 +363,9 @@ class Delivery:
             attempt = await self._sending.post(request, receiver.timeout_seconds)
         except NoRoom:  # our own crowd: it says nothing of the subscriber
             return Outcome(taken, None, delay_seconds=LOOK_SECONDS)
+        except Exception:  # it may have arrived, so it counts as an attempt
+            log.exception("delivery.defect", delivery_id=taken.id)
+            attempt = Attempt(None, "defect")
         return self._judged(lane, taken, leave, attempt, at, self._monotonic() - began)
 
     def _judged(self, lane: Lane, taken: Taken, leave: Pass, attempt: Attempt, at: float, seconds: float) -> Outcome:

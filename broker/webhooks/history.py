@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Generic, NamedTuple, TypeVar, cast
@@ -318,7 +317,7 @@ class History:
 
         Those without a number, which nobody was told of yet, come first: parked and waiting ones.
         """
-        scope = await self._database.read(lambda session: reachable(session, principal))
+        scope = await self._database.read_aside(lambda session: reachable(session, principal))
         shown: list[Shown] = []
         if wanted.status in {None, *UNNUMBERED} and (position is None or position[1] != NEWEST_FIRST):
             look = self._unnumbered(wanted, principal, scope)
@@ -343,7 +342,7 @@ class History:
         """
         state = sa.select(_table(WebhookState).c.number)
         newest = await self._database.read(lambda session: int(session.execute(state).scalar_one()))
-        scope = await self._database.read(lambda session: reachable(session, principal))
+        scope = await self._database.read_aside(lambda session: reachable(session, principal))
         look = self._numbered(wanted, principal, [*scope, EVENTS.c.number <= newest], newest_first=False)
         shown, end = await self._events_page(look, wanted, limit, (number,))
         return shown, max(newest, number) if end is None else int(end[0])
@@ -377,7 +376,7 @@ class History:
         self, look: _Look[Event], wanted: EventFilter, limit: int, position: tuple[Any, ...] | None
     ) -> tuple[list[Shown], Any]:
         async def with_status(rows: Sequence[Event]) -> list[Shown]:
-            statuses = await self._database.read(lambda session: statuses_of(session, [row.id for row in rows]))
+            statuses = await self._database.read_aside(lambda session: statuses_of(session, [row.id for row in rows]))
             shown = [Shown(row, event_status(row, statuses.get(row.id, ()))) for row in rows]
             return [one for one in shown if wanted.status in {None, one.status}]
 
@@ -427,7 +426,7 @@ class History:
         self, wanted: DeliveryFilter, principal: Principal, *, limit: int, before: str | None
     ) -> tuple[list[Delivery], str | None]:
         """Return (deliveries, newest first, the id that the next page is before)."""
-        scope = await self._database.read(lambda session: reachable(session, principal))
+        scope = await self._database.read_aside(lambda session: reachable(session, principal))
         look = _Look(
             DELIVERY_QUERY,
             Delivery,
@@ -466,7 +465,7 @@ class History:
     ) -> tuple[list[Any], tuple[Any, ...] | None]:
         """Return (up to ``limit`` of what ``finished`` leaves of the rows, where the next page begins).
 
-        SQLite reads on the loop: others are served between two batches, and no page looks at more than so many rows.
+        No page looks at more than so many rows: reads like these wait for each other, and for nobody else.
         """
         floor = await self._floor(look, position)
         found: list[Any] = []
@@ -479,20 +478,19 @@ class History:
             if len(rows) < batch:
                 return found, floor
             position, batch = look.position_of(rows[-1]), max(batch, SMALLEST_BATCH)
-            await asyncio.sleep(0)
 
     async def _rows(
         self, look: _Look[R], position: tuple[Any, ...] | None, floor: tuple[Any, ...] | None, limit: int
     ) -> list[R]:
         conditions = (*look.behind(position), *look.until(floor), *look.indexed, *look.others)
         query = look.query.where(*conditions).order_by(*look.order()).limit(limit)
-        return await self._database.read(lambda session: [look.row_of(*row) for row in session.execute(query)])
+        return await self._database.read_aside(lambda session: [look.row_of(*row) for row in session.execute(query)])
 
     async def _floor(self, look: _Look[R], position: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
         """Return the last place that this page may look at, None when it may go to the end."""
         query = look.query.with_only_columns(*look.columns).where(*look.behind(position), *look.indexed)
         query = query.order_by(*look.order()).offset(MOST_EXAMINED - 1).limit(1)
-        row = await self._database.read(lambda session: session.execute(query).first())
+        row = await self._database.read_aside(lambda session: session.execute(query).first())
         return None if row is None else tuple(row)
 
 

@@ -152,6 +152,7 @@ def source_of(
         seal=seals(row.config.get("seal"), webhook),
         park_unmatched=bool(row.config.get("park_unmatched")),
         enabled=row.enabled,
+        integration=row.config.get("integration"),
     )
 
 

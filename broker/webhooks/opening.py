@@ -128,7 +128,7 @@ async def open_webhooks(given: Given) -> AsyncIterator[WebhookParts]:
             settings,
             *of_events,
             history,
-            Replaying(database, history, given.audit),
+            Replaying(database, history, given.audit, wake=delivery.wake),
             event_feed,
             registering,
             delivery,

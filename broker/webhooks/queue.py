@@ -25,6 +25,7 @@ from broker.webhooks.subscriptions import failing, succeeding
 
 BLOCKED_SECONDS: Final = 60.0
 MOST_TRIES: Final = 20
+PUT_OFF_AT_ONCE: Final = 500
 COUNTED: Final = 100
 GIVEN_UP: Final = "failing"
 GONE: Final = "gone"
@@ -198,8 +199,11 @@ def claim(session: Session, wanted: Mapping[str, int], claim_id: str, lease_seco
     """
     at = now(session)
     found = _due(session.connection(), wanted, at)
-    blocked = [row.id for row in found if row.blocked]
-    if blocked:  # judged anew: whoever has ended the one before it meanwhile would wait for our lock, or has committed
+    waiting = {row.subscription_id for row in found if row.blocked}
+    if waiting:  # with those behind them: else a long line hides what others wait for
+        behind = _due(session.connection(), dict.fromkeys(waiting, PUT_OFF_AT_ONCE), at)
+        blocked = [row.id for row in behind if row.blocked]
+        # judged anew: whoever has ended the one before it meanwhile would wait for our lock, or has committed
         session.execute(_PUT_OFF, {"ids": blocked, "until": at + BLOCKED_SECONDS})
     free = [row for row in found if not row.blocked]
     if free:
@@ -277,15 +281,23 @@ def record(session: Session, outcomes: Sequence[Outcome], disable: Disable) -> l
 
     ``disable(session, subscription_id, reason)`` is called, last, for a subscription that is gone or has failed too long.
     """
-    by_id = {one.taken.id: one for one in outcomes}
-    held = {row.id: row.claim for row in session.execute(_held(by_id))}
-    live = [one for one in by_id.values() if held.get(one.taken.id) == one.taken.claim]
+    held = {row.id: row.claim for row in session.execute(_held({one.taken.id: None for one in outcomes}))}
+    live = _live(outcomes, held)
     at = now(session)
     if live:
         session.execute(_RECORD, [_row(one, at) for one in live])
     _call_next(session, live, at)
     _note_health(session, [one for one in live if one.tried is not None], at, disable)
     return [held.get(one.taken.id) == one.taken.claim for one in outcomes]
+
+
+def _live(outcomes: Sequence[Outcome], held: Mapping[str, str]) -> list[Outcome]:
+    """Return one outcome for each delivery, of the claim that holds it; what became of an attempt goes before a return."""
+    live: dict[str, Outcome] = {}
+    for one in outcomes:
+        if held.get(one.taken.id) == one.taken.claim and (one.taken.id not in live or one.next is not None):
+            live[one.taken.id] = one
+    return list(live.values())
 
 
 def _row(outcome: Outcome, at: float) -> dict[str, Any]:
@@ -310,13 +322,15 @@ def _row(outcome: Outcome, at: float) -> dict[str, Any]:
 
 def _call_next(session: Session, live: Sequence[Outcome], at: float) -> None:
     """Make the next one of each line due whose first has ended."""
-    ended = {
-        (one.taken.subscription_id, one.taken.order_key): None
-        for one in live
-        if one.next is not None and one.next.state != "retrying" and one.taken.order_key and not one.taken.replay
-    }
+    ended = {(one.taken.subscription_id, one.taken.order_key or "") for one in live if ends_a_turn(one)}
     if ended:
         session.execute(_NEXT_IN_LINE, [{"line_of": one, "line": line, "at": at} for one, line in sorted(ended)])
+
+
+def ends_a_turn(outcome: Outcome) -> bool:
+    """Whether the next one of a line is due by this. Pure."""
+    then, taken = outcome.next, outcome.taken
+    return then is not None and then.state != "retrying" and taken.order_key is not None and not taken.replay
 
 
 # --- What attempts tell of a subscription.

@@ -120,8 +120,11 @@ class Registering:
 
     # Asked for by sources, in their transactions
 
-    def want(self, session: Session, source: WebhookSource) -> None:
-        """Have a source's hook made, or made anew where what it is made from changed (InvalidRequest names the field)."""
+    def want(self, session: Session, source: WebhookSource) -> bool:
+        """Have a source's hook made, or made anew where what it is made from changed (InvalidRequest names the field).
+
+        Return whether it is; not checked: that somebody may have it made with that connection's credential.
+        """
         registration = self._registration_of(source.provider, source.kind)
         if registration is None:
             raise InvalidRequest(errors=[FieldError("/register", "this kind of source is registered by hand")])
@@ -132,7 +135,7 @@ class Registering:
         problem = registrations.connection_problem(session, source.connection_id or "", source.provider)
         if problem is not None:
             raise InvalidRequest(errors=[FieldError("/connection_id", problem)])
-        registrations.want(session, source, registration)
+        return registrations.want(session, source, registration)
 
     def unwant(self, session: Session, source_id: str) -> None:
         """Have all hooks of a source removed."""

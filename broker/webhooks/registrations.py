@@ -112,8 +112,8 @@ def renew_early_seconds(lease_seconds: float, renew_before_seconds: float) -> fl
 # --- What a source wants; in the transaction that writes it.
 
 
-def want(session: Session, source: WebhookSource, registration: Registration | None) -> None:
-    """Make the registrations agree with a source as it was written: its hook is made anew, kept, or removed.
+def want(session: Session, source: WebhookSource, registration: Registration | None) -> bool:
+    """Make the registrations agree with a source as it was written: its hook is made anew (True), kept, or removed.
 
     ``registration``: of its kind of webhook; ``checked_settings`` and ``connection_problem`` have been asked.
     """
@@ -128,9 +128,12 @@ def want(session: Session, source: WebhookSource, registration: Registration | N
             standing = True
         else:
             _let_go(session, row)
-    if asked is not None and source.connection_id is not None and not standing:
-        _add(session, source.id, source.connection_id, asked, "first")
+    if asked is None or source.connection_id is None or standing:
+        session.flush()
+        return False
+    _add(session, source.id, source.connection_id, asked, "first")
     session.flush()
+    return True
 
 
 def unwant(session: Session, source_id: str) -> None:
@@ -192,7 +195,8 @@ def _asked(source: WebhookSource) -> dict[str, Any]:
 
 def _of_source(session: Session, source_id: str) -> list[WebhookRegistration]:
     query = select(WebhookRegistration).where(WebhookRegistration.source_id == source_id)
-    return list(session.exec(query.order_by(col(WebhookRegistration.id)).with_for_update()))
+    in_order = query.order_by(col(WebhookRegistration.id)).with_for_update()  # so that two never wait for each other
+    return list(session.exec(in_order.execution_options(populate_existing=True)))
 
 
 def _add(session: Session, source_id: str, connection_id: str, asked: Mapping[str, Any], why: Why) -> None:
@@ -296,9 +300,9 @@ def _others(session: Session, row: WebhookRegistration) -> frozenset[str]:
 
 
 def held(session: Session, claimed: Claimed) -> WebhookRegistration | None:
-    """Return the row, locked, while the claim is this one."""
-    row = session.get(WebhookRegistration, claimed.id, with_for_update=True, populate_existing=True)
-    return row if row is not None and row.claim == claimed.claim else None
+    """Return the row while the claim is this one, locked with the source's others: whoever changes the source takes all."""
+    rows = (row for row in _of_source(session, claimed.source_id) if row.id == claimed.id)
+    return next((row for row in rows if row.claim == claimed.claim), None)
 
 
 def record_made(

@@ -8,12 +8,11 @@ behind, and the rest to be asked for again.
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import sqlalchemy as sa
 from sqlmodel import Session
@@ -52,13 +51,15 @@ MOST_AT_ONCE: Final = 100_000
 LONGEST_SECONDS: Final = 60.0
 RETRIABLE: Final = frozenset({"dead", "delivered", "retrying"})
 Position = tuple[float, str]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class BulkFilter:
     """Which deliveries are sent again: all that is given must fit. Times: when the delivery was made, ``since <= at < until``.
 
-    ``status``: dead, delivered or retrying. ``type``: a glob as in a subscription, checked.
+    ``status``: dead, delivered or retrying. ``type``: a glob as in a subscription, checked. Of an event that a subscription got
+    several times, as its replays, one counts: else each order would double what the next one finds.
     """
 
     subscription_id: str | None = None
@@ -72,16 +73,24 @@ class BulkFilter:
         """Return the conditions; written out where that leads to an index."""
         state: dict[str, Any] = {
             "dead": [sa.text("webhook_deliveries.state = 'dead'")],
-            "delivered": [DELIVERIES.c.state == "delivered"],
+            "delivered": [DELIVERIES.c.state == "delivered", ~self._delivered_before()],
             "retrying": [OPEN, DELIVERIES.c.state == "retrying"],
         }
-        pairs = ((DELIVERIES.c.subscription_id, self.subscription_id), (EVENTS.c.source_id, self.source_id))
+        # Not by the index over sources: in the order of deliveries each batch would sort all that a source ever sent.
+        source = sa.func.coalesce(EVENTS.c.source_id, "")
+        pairs = ((DELIVERIES.c.subscription_id, self.subscription_id), (source, self.source_id))
         conditions = [*state[self.status], *(column == value for column, value in pairs if value is not None)]
-        if self.since is not None:
-            conditions.append(DELIVERIES.c.created_at >= self.since)
-        if self.until is not None:
-            conditions.append(DELIVERIES.c.created_at < self.until)
+        conditions += self._times(DELIVERIES)
         return [*conditions, *exact_type(self.type), SUBSCRIPTIONS.c.id.is_not(None)]
+
+    def _times(self, deliveries: sa.FromClause) -> list[sa.ColumnElement[bool]]:
+        since = [] if self.since is None else [deliveries.c.created_at >= self.since]
+        return since if self.until is None else [*since, deliveries.c.created_at < self.until]
+
+    def _delivered_before(self) -> sa.Exists:
+        first = DELIVERIES.alias("first")
+        same = (first.c[name] == DELIVERIES.c[name] for name in ("event_id", "subscription_id", "state"))
+        return sa.exists().where(*same, first.c.id < DELIVERIES.c.id, *self._times(first))
 
 
 @dataclass(slots=True)
@@ -106,11 +115,23 @@ class Replayed:
 class Replaying:
     """Sends again. Methods may run at once on every replica."""
 
-    def __init__(self, database: Database, history: History, audit: Audit, *, most_at_once: int = MOST_AT_ONCE) -> None:
-        """Keep the parts. ``most_at_once``: how many deliveries one order touches before it answers where to go on."""
+    def __init__(
+        self,
+        database: Database,
+        history: History,
+        audit: Audit,
+        *,
+        wake: Callable[[], None] = lambda: None,
+        most_at_once: int = MOST_AT_ONCE,
+    ) -> None:
+        """Keep the parts. ``wake``: lets this process's worker look at once, if it has one.
+
+        ``most_at_once``: how many deliveries one order touches before it answers where to go on.
+        """
         self._database = database
         self._history = history
         self._audit = audit
+        self._wake = wake
         self._most = most_at_once
 
     # One event, one delivery
@@ -137,7 +158,13 @@ class Replaying:
             self._audit.append(session, entry)
             return Replayed(event_id, made)
 
-        return await self._database.transaction(work)
+        return await self._queued(work)
+
+    async def _queued(self, work: Callable[[Session], T]) -> T:
+        """Run a transaction that puts something into the queue, and have it looked at."""
+        made = await self._database.transaction(work)
+        self._wake()
+        return made
 
     async def _release(self, row: Event, principal: Principal, *, named: bool) -> Replayed:
         if named:
@@ -161,12 +188,13 @@ class Replaying:
             raise Conflict("the subscription of this delivery is gone")
 
         def work(session: Session) -> str:
+            _held_events(session, [row.event_id])  # first, as retention and erasure do
             state = _locked_state(session, delivery_id)
             again = self._again(session, row, state)
             self._audit.append(session, entry_of("webhook_delivery.retried", principal, row, delivery_id=delivery_id))
             return again
 
-        return await self._history.delivery(await self._database.transaction(work), principal)
+        return await self._history.delivery(await self._queued(work), principal)
 
     def _again(self, session: Session, row: Delivery, state: str) -> str:
         if state == "delivered":
@@ -207,25 +235,24 @@ class Replaying:
     ) -> AsyncIterator[tuple[float, _Batch]]:
         """Yield (when the order began by the database's clock, a batch), oldest first."""
         at, after = position if position is not None else (await self._database.read(now), "")
-        scope = await self._database.read(lambda session: reachable(session, principal))
+        scope = await self._database.read_aside(lambda session: reachable(session, principal))
         query = DELIVERY_QUERY.where(*wanted.conditions(), *scope, DELIVERIES.c.created_at <= at)
         query = query.order_by(DELIVERIES.c.id).limit(BATCH)
         last: str | None = after
         while last is not None:
-            rows = await self._database.read(partial(_deliveries, query=query.where(DELIVERIES.c.id > last)))
+            rows = await self._database.read_aside(partial(_deliveries, query=query.where(DELIVERIES.c.id > last)))
             last = rows[-1].id if len(rows) == BATCH else None
             yield at, _Batch([row for row in rows if _is_wanted(wanted, principal, row)], last)
-            await asyncio.sleep(0)  # SQLite reads on the loop
 
     async def _send_again(self, rows: Sequence[Delivery], status: str, done: Done) -> None:
         if not rows:
             return
         if status == "delivered":
             again = [(row.subscription_id, row, row.order_key) for row in rows]
-            done.replayed += len(await self._database.transaction(lambda session: _insert(session, again)))
+            done.replayed += len(await self._queued(lambda session: _insert(session, again)))
         else:
             ids = [row.id for row in rows]
-            done.retried += await self._database.transaction(lambda session: _revive(session, ids, status))
+            done.retried += await self._queued(lambda session: _revive(session, ids, status))
 
     async def _note(self, principal: Principal, action: str, outcome: str, **detail: object) -> None:
         await self._audit.record(Entry(action, principal.caller_id, outcome, detail=detail))
@@ -259,18 +286,17 @@ class Replaying:
 
     async def _make_missing(self, rule: Rule, since: float, done: Done, *, dry_run: bool, after: int) -> None:
         until = time.monotonic() + LONGEST_SECONDS
-        while rows := await self._database.read(lambda session, after=after: _missed(session, rule, since, after)):  # type: ignore[misc]
+        while rows := await self._database.read_aside(partial(_missed, rule=rule, since=since, after=after)):
             found = [again for row in rows if (again := await self._wanted(rule, row)) is not None]
             done.total += len(found)
             if found and not dry_run:
-                done.replayed += await self._database.transaction(
+                done.replayed += await self._queued(
                     lambda session, found=found: _insert_missing(session, rule.subscription_id, found)  # type: ignore[misc]
                 )
             after = rows[-1].number or 0
             if done.total >= self._most or time.monotonic() > until:
                 done.next = (float(after), "number")
                 return
-            await asyncio.sleep(0)
 
     async def _wanted(self, rule: Rule, row: Event) -> Again | None:
         """Return what is to be sent, if the subscription wants the event; its body is read only where it decides."""
@@ -323,9 +349,7 @@ def _insert(session: Session, again: Sequence[Again]) -> list[str]:
 
     The events' rows are held until the commit, so that retention does not remove one meanwhile.
     """
-    wanted = {_event_id(row) for _, row, _ in again}
-    held = sa.select(EVENTS.c.id).where(EVENTS.c.id.in_(wanted)).with_for_update(read=True)
-    there = set(session.execute(held).scalars())
+    there = _held_events(session, {_event_id(row) for _, row, _ in again})
     made = [
         NewDelivery(subscription_id, _event_id(row), row.number or 0, order_key, replay=True)
         for subscription_id, row, order_key in again
@@ -335,6 +359,12 @@ def _insert(session: Session, again: Sequence[Again]) -> list[str]:
     insert_deliveries(session, made, at)
     mine = (DELIVERIES.c.event_id.in_(there), DELIVERIES.c.replay.is_(sa.true()), DELIVERIES.c.created_at == at)
     return list(session.execute(sa.select(DELIVERIES.c.id).where(*mine).order_by(DELIVERIES.c.id)).scalars())
+
+
+def _held_events(session: Session, event_ids: Collection[str] | sa.Select[Any]) -> set[str]:
+    """Keep those of these events that are there from being removed before the commit; return their ids."""
+    held = sa.select(EVENTS.c.id).where(EVENTS.c.id.in_(event_ids)).order_by(EVENTS.c.id)
+    return set(session.execute(held.with_for_update(read=True)).scalars())
 
 
 def _event_id(row: Event | Delivery) -> str:
@@ -366,6 +396,9 @@ def _revive(session: Session, delivery_ids: Sequence[str], state: str) -> int:
     """Make those that are (still) in this state due at once; return how many. A dead one begins its schedule anew."""
     anew = {"state": "pending", "attempts": 0, "ended_at": None, "reason": None} if state == "dead" else {}
     mine = (DELIVERIES.c.id.in_(delivery_ids), DELIVERIES.c.state == state)
+    _held_events(session, sa.select(DELIVERIES.c.event_id).where(*mine))
+    # In order, as whoever records outcomes: none waits crosswise.
+    session.execute(sa.select(DELIVERIES.c.id).where(*mine).order_by(DELIVERIES.c.id).with_for_update()).all()
     values = {"due_at": now(session), "claim": None, **anew}
     return int(session.execute(sa.update(DELIVERIES).where(*mine).values(**values)).rowcount)  # type: ignore[attr-defined]
 

@@ -59,18 +59,23 @@ class Retention:
         return removed
 
     def _remove_some(self, session: Session) -> _Looked:
-        """Remove the next events that are due; their rows are held, so that nobody replays one meanwhile."""
+        """Remove the next events that are due; their rows are held, so that nobody replays one meanwhile.
+
+        Numbers go with time, so behind a batch of which nothing is due nothing is looked at: on SQLite others wait to write.
+        """
         at = now(session)
         newest = session.execute(sa.select(col(WebhookState.number))).scalar_one()
-        due = sa.or_(EVENTS.c.received_at < at - self._seconds, EVENTS.c.number <= newest - self._count)
-        query = sa.select(EVENTS.c.id, EVENTS.c.number, EVENTS.c.received_at).where(EVENTS.c.number > self._after, due)
-        query = query.order_by(EVENTS.c.number).limit(BATCH).with_for_update(skip_locked=True)
-        rows = session.execute(query).all()
+        of = (EVENTS.c.id, EVENTS.c.number, EVENTS.c.received_at)
+        query = sa.select(*of).where(EVENTS.c.number > self._after).order_by(EVENTS.c.number)
+        looked = session.execute(query.limit(BATCH)).all()
+        due = [row.id for row in looked if row.received_at < at - self._seconds or row.number <= newest - self._count]
+        held_here = sa.select(*of).where(EVENTS.c.id.in_(due)).order_by(EVENTS.c.number)
+        rows = session.execute(held_here.with_for_update(skip_locked=True)).all()
         open_for, held = _open(session, [row.id for row in rows])
         too_old = at - HELD_FACTOR * self._seconds
         going = [row.id for row in rows if row.id not in open_for and (row.id not in held or row.received_at < too_old)]
         remove_events(session, going)
-        return _Looked(len(going), rows[-1].number if len(rows) == BATCH else None)
+        return _Looked(len(going), looked[-1].number if due and len(looked) == BATCH else None)
 
     def _remove_parked(self, session: Session) -> int:
         old = now(session) - self._seconds
@@ -97,9 +102,14 @@ def _open(session: Session, event_ids: Sequence[str]) -> tuple[set[str], set[str
 
 def remove_events(session: Session, event_ids: Sequence[str]) -> None:
     """Delete events and their deliveries; one under way ends without a record of it."""
-    if event_ids:
-        session.execute(sa.delete(DELIVERIES).where(DELIVERIES.c.event_id.in_(event_ids)))
-        session.execute(sa.delete(EVENTS).where(EVENTS.c.id.in_(event_ids)))
+    if not event_ids:
+        return
+    # First the events, as whoever replays them, then deliveries in order, as whoever records outcomes: none waits crosswise.
+    events, deliveries = EVENTS.c.id.in_(event_ids), DELIVERIES.c.event_id.in_(event_ids)
+    for key, mine in ((EVENTS.c.id, events), (DELIVERIES.c.id, deliveries)):
+        session.execute(sa.select(key).where(mine).order_by(key).with_for_update()).all()
+    session.execute(sa.delete(DELIVERIES).where(deliveries))
+    session.execute(sa.delete(EVENTS).where(events))
 
 
 def remove_events_of(

@@ -48,6 +48,8 @@ TEMPLATE: Final = "/webhooks/{source_id}"
 IDLE_SECONDS: Final = 10.0  # between two pieces of a body
 BODY_SECONDS: Final = 60.0  # for all of it
 HELD_BYTES: Final = 128 * 1024**2  # of all bodies that are being read or stored
+SHARES: Final = 4  # one address holds no more than a fourth of that, or one whole body
+LONGEST_KEPT: Final = 256
 MINUTE_SECONDS: Final = 60.0
 log = structlog.get_logger()
 
@@ -72,25 +74,31 @@ class Answer:
 
 
 class HeldBytes:
-    """How many bytes of bodies are in memory, and how many may be."""
+    """How many bytes of bodies are in memory, and how many may be: of all, and of one address, which could keep others out."""
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, most_of_one: int) -> None:
         """Begin with none."""
         self._left = most
+        self._most_of_one = most_of_one
+        self._of: dict[str, int] = {}
 
-    def require(self, count: int) -> None:
+    def require(self, count: int, address: str) -> None:
         """Raise Overloaded where so many would not fit now."""
-        if count > self._left:
+        if count > self._left or self._of.get(address, 0) + count > self._most_of_one:
             raise Overloaded
 
-    def take(self, count: int) -> None:
+    def take(self, count: int, address: str) -> None:
         """Count bytes that came (Overloaded where they do not fit); ``give`` has to follow."""
-        self.require(count)
+        self.require(count, address)
         self._left -= count
+        self._of[address] = self._of.get(address, 0) + count
 
-    def give(self, count: int) -> None:
+    def give(self, count: int, address: str) -> None:
         """Count them as gone."""
         self._left += count
+        self._of[address] = self._of.get(address, 0) - count
+        if self._of[address] == 0:
+            del self._of[address]
 
 
 class AddressCounts:
@@ -140,7 +148,7 @@ class WebhookRoute:
         self._metrics = metrics
         self._public_url = settings.public_url.rstrip("/")
         self._most_bytes = settings.webhook_most_bytes
-        self._held = HeldBytes(max(held_bytes, settings.webhook_most_bytes))
+        self._held = HeldBytes(*(max(one, self._most_bytes) for one in (held_bytes, held_bytes // SHARES)))
         self._counts = AddressCounts(settings.webhooks_per_minute)
         self._trusted = tuple(settings.trusted_proxies)
         self._address = functools.lru_cache(maxsize=4096)(functools.partial(_address, trusted=self._trusted))
@@ -160,7 +168,7 @@ class WebhookRoute:
         except ClientLeft:
             return
         finally:
-            self._held.give(request.held)
+            self._held.give(request.held, request.address)
         await send({"type": "http.response.start", "status": answer.status, "headers": answer.headers})
         await send({"type": "http.response.body", "body": answer.body, "more_body": False})
 
@@ -182,7 +190,7 @@ class WebhookRoute:
         return answer
 
     async def _served(self, request: _Request) -> Answer:
-        request.address = self._address(request.peer, request.forwarded_for if self._trusted else None)
+        request.address = self._address_of(request)
         self._counts.note(request.address)
         source = await self._sources.known(request.source_id)
         if source is None or not source.enabled:
@@ -199,6 +207,12 @@ class WebhookRoute:
         if isinstance(judged, Reply):
             return await self._handshake(source, request, judged)
         return await self._stored(source, received, judged)
+
+    def _address_of(self, request: _Request) -> str:
+        forwarded_for = request.forwarded_for if self._trusted else None
+        if forwarded_for is not None and len(forwarded_for) > LONGEST_KEPT:  # 4096 such fields would be 250 MB
+            return _address(request.peer, forwarded_for, trusted=self._trusted)
+        return self._address(request.peer, forwarded_for)
 
     async def _stored(self, source: Source, received: Received, verified: Verified) -> Answer:
         stored = await self._inbox.keep(source, received, verified)
@@ -234,7 +248,7 @@ class WebhookRoute:
         if request.length is not None and request.length > self._most_bytes:
             self._note_rejected(request, "payload_too_large")
             raise PayloadTooLarge
-        self._held.require(request.length or 0)
+        self._held.require(request.length or 0, request.address)
         loop = asyncio.get_running_loop()
         ends_at = loop.time() + BODY_SECONDS
         try:
@@ -260,7 +274,7 @@ class WebhookRoute:
         if request.held + len(piece) > self._most_bytes:
             self._note_rejected(request, "payload_too_large")
             raise PayloadTooLarge
-        self._held.take(len(piece))
+        self._held.take(len(piece), request.address)
         request.held += len(piece)
         return piece
 

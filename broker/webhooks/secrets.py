@@ -22,7 +22,7 @@ from sqlmodel import Session, col, select
 
 from broker.audit import Audit
 from broker.database import Database, now
-from broker.errors import BrokerError, Conflict, InvalidRequest, NotFound, SecretStoreUnavailable
+from broker.errors import BrokerError, Conflict, Forbidden, InvalidRequest, NotFound, SecretStoreUnavailable
 from broker.models import WebhookSecret, WebhookSource, new_id
 from broker.vault import SecretNotFound, SecretUnreadable, Vault
 from providers.spec import Secret
@@ -33,7 +33,8 @@ NOTED_SECONDS: Final = 60.0
 EVERY_SECONDS: Final = 0.25
 MOST_KNOWN: Final = 10_000
 BATCH: Final = 500
-CERTAIN: Final = (NotFound, InvalidRequest, Conflict, IntegrityError)  # nothing was written when one of these is raised
+# Nothing was written when one of these is raised.
+CERTAIN: Final = (NotFound, InvalidRequest, Forbidden, Conflict, IntegrityError)
 T = TypeVar("T")
 Origin = Literal["given", "generated", "learned", "rotated"]
 log = structlog.get_logger()

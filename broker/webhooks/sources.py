@@ -16,9 +16,9 @@ from sqlmodel import Session, col, select
 
 from broker.audit import Audit, Entry
 from broker.database import Database, now
-from broker.errors import Conflict, FieldError, InvalidRequest, NotFound
+from broker.errors import Conflict, FieldError, Forbidden, InvalidRequest, NotFound
 from broker.models import Connection, WebhookRejection, WebhookSecret, WebhookSource, new_id
-from broker.policy import Principal
+from broker.policy import Principal, Target, allowed
 from broker.settings import Settings
 from broker.vault import Vault
 from broker.webhooks import secrets as kept
@@ -45,13 +45,19 @@ from providers.spec import Provider, Secret, Webhook
 
 MOST_SECRETS: Final = 10
 CHANGED: Final = "the source was changed meanwhile; try again"
+NOT_THEIRS: Final = (
+    "a hook is made with the connection's token: that takes an admin, or a grant that may have the token"
+)
 
 
 class Registrar(Protocol):
     """What has hooks made and removed at providers. Both run in the transaction of the change, and only write rows."""
 
-    def want(self, session: Session, source: WebhookSource) -> None:
-        """Ask for a hook (InvalidRequest where the provider's file or the source's connection has none)."""
+    def want(self, session: Session, source: WebhookSource) -> bool:
+        """Ask for a hook (InvalidRequest where the provider's file or the source's connection has none).
+
+        Return whether it is made, or made anew: False where one stands that is as the source says.
+        """
 
     def unwant(self, session: Session, source_id: str) -> None:
         """Have the source's hooks removed, if it has any."""
@@ -250,7 +256,7 @@ class Sources:
             session.flush()
             if stored is not None:
                 kept.insert(session, stored)
-            self._linked(session, row)
+            self._linked(session, row, actor)
             self._record(session, "created", actor, source_id, provider=row.provider, register=row.register_at_provider)
 
         try:
@@ -306,7 +312,7 @@ class Sources:
             row.updated_at = at
             session.flush()
             if {"register", "connection_id", "config"} & changes.keys():
-                self._linked(session, row)
+                self._linked(session, row, actor)
             self._record(session, "updated", actor, source_id, fields=sorted(changes))
 
         replaced = version != seen.settings_version
@@ -319,22 +325,29 @@ class Sources:
         self._revision.forget()
         return await self.get(source_id)
 
-    def _linked(self, session: Session, row: WebhookSource) -> None:
-        """Check the source's connection, and have its hook made, or removed, at the provider."""
-        if row.connection_id is not None:
-            connection = session.get(Connection, row.connection_id)
-            if connection is None or connection.deleted_at is not None or connection.status == "pending":
-                raise InvalidRequest(errors=[FieldError("/connection_id", "is no connection")])
+    def _linked(self, session: Session, row: WebhookSource, actor: Principal) -> None:
+        """Check the source's connection, and have its hook made, or removed, at the provider.
+
+        A hook is made with the connection's credential and tells what the account has to an address that the source names:
+        Forbidden for who could not have the token itself.
+        """
+        connection = session.get(Connection, row.connection_id) if row.connection_id is not None else None
+        if row.connection_id is not None and (
+            connection is None or connection.deleted_at is not None or connection.status == "pending"
+        ):
+            raise InvalidRequest(errors=[FieldError("/connection_id", "is no connection")])
         if not row.register_at_provider:
             if self._registrar is not None:
                 self._registrar.unwant(session, row.id)
             return
-        if row.connection_id is None:
+        if connection is None:
             raise InvalidRequest(errors=[FieldError("/connection_id", "is needed to register at the provider")])
         webhook = webhook_of(row, self.catalog)
         if self._registrar is None or webhook is None or webhook.registration is None:
             raise InvalidRequest(errors=[FieldError("/register", "this kind of source is registered by hand")])
-        self._registrar.want(session, row)
+        target = Target(connection.integration, connection.subject, connection.tags)
+        if self._registrar.want(session, row) and not allowed(actor, "token", target):
+            raise Forbidden(NOT_THEIRS)
 
     async def delete(self, source_id: str, actor: Principal) -> None:
         """Remove a source, its secrets and its log of rejections (NotFound). Its events stay, and can be replayed."""

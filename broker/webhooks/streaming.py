@@ -20,6 +20,7 @@ from sqlmodel import Session, col
 
 from broker.database import Database
 from broker.errors import BrokerError, Overloaded, RateLimited
+from broker.limits import waiting_elsewhere
 from broker.models import WebhookState
 from broker.policy import Principal
 from broker.webhooks.history import EVENT_QUERY, EVENTS, Event, EventFilter, may_see
@@ -95,7 +96,7 @@ class EventFeed:
         it may has changed, when the database is away, and at ``stop``: whoever comes back with the last event misses nothing.
         Raises before the first event RateLimited for a caller with too many streams, Overloaded where the process has.
         """
-        with self._place(reader.principal.caller_id):
+        with self._place(reader.principal.caller_id), waiting_elsewhere():
             yield None
             checked, sent = time.monotonic(), time.monotonic()
             while not self._stopped:
@@ -135,7 +136,7 @@ class EventFeed:
         if 0 <= self._from <= number:
             return [row for row in self._kept if (row.number or 0) > number], max(number, self._newest)
         try:
-            return await self._database.read(lambda session: _read(session, number))
+            return await self._database.read_aside(lambda session: _read(session, number))
         except BrokerError:
             self._look.set()
             await asyncio.sleep(POLL_SECONDS)

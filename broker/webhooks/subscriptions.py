@@ -294,8 +294,10 @@ def succeeding(session: Session, subscription_ids: Iterable[str]) -> None:
 
 def _end_some(session: Session, subscription_id: str) -> int:
     table = WebhookDelivery
-    some = sa.select(col(table.id)).where(col(table.subscription_id) == subscription_id, _OPEN).limit(AT_ONCE)
-    ended = sa.update(table).where(col(table.id).in_(some.scalar_subquery()))
+    # In the order in which outcomes are recorded; what is being recorded is left to the next time, so nobody waits crosswise.
+    some = sa.select(col(table.id)).where(col(table.subscription_id) == subscription_id, _OPEN).order_by(col(table.id))
+    found = session.execute(some.limit(AT_ONCE).with_for_update(skip_locked=True)).scalars().all()
+    ended = sa.update(table).where(col(table.id).in_(found))
     values = {"state": "dead", "reason": DELETED, "claim": None, "ended_at": now(session)}
     return int(session.execute(ended.values(values)).rowcount)  # type: ignore[attr-defined]
 

@@ -32,6 +32,8 @@ KEPT_SECONDS: Final = 600.0
 FRESH_SECONDS: Final = 5.0
 MOST_KEPT: Final = 64
 MOST_FETCHES: Final = 8
+MOST_UNKNOWN: Final = 30  # addresses of an origin, in
+UNKNOWN_SECONDS: Final = 60.0
 Judged = Verified | Reply | Refused
 
 
@@ -75,17 +77,18 @@ def _advance(dialogue: Dialogue[Judged], answer: Incoming | ProviderAnswerError 
 
 @dataclass(frozen=True, slots=True)
 class _Kept:
-    """An answer, None for one that did not come, and when it was asked for (monotonic)."""
+    """An answer, and when it was asked for (monotonic)."""
 
     at: float
-    answer: Incoming | None
+    answer: Incoming
 
 
 class PublishedKeys:
     """Fetches what a provider publishes, each address once for all who ask meanwhile, and keeps it for a while.
 
-    A request that says ``no-cache`` is answered with nothing older than ``FRESH_SECONDS``, and one that failed is not repeated
-    sooner: strangers decide how often a key is asked for that nobody has.
+    Strangers decide how often a key is asked for that nobody has, and some name its address. So a request that says
+    ``no-cache`` is answered with nothing older than ``FRESH_SECONDS``, one that failed is not repeated sooner and takes away
+    nothing that was kept, and of an origin only so many addresses are asked for in a minute that never answered.
     """
 
     def __init__(self, egress: Egress, *, monotonic: Callable[[], float] = time.monotonic) -> None:
@@ -93,22 +96,36 @@ class PublishedKeys:
         self._egress = egress
         self._monotonic = monotonic
         self._kept: dict[str, _Kept] = {}
-        self._fetching: dict[str, asyncio.Task[_Kept]] = {}
+        self._asked_at: dict[str, float] = {}  # of the last FRESH_SECONDS
+        self._unknown: dict[str, list[float]] = {}  # by origin: when an address was asked for that never answered
+        self._fetching: dict[str, asyncio.Task[Incoming | None]] = {}
 
     async def answer(self, request: Outgoing, asks: Collection[str]) -> Incoming | ProviderAnswerError:
         """Return the answer, or what is thrown into the check when there is none; ``asks``: the origins that may be asked."""
         if request.method != "GET" or not _is_within(request.url, asks):
             return ProviderAnswerError("this address may not be asked")
-        kept = self._kept.get(request.url)
+        at, kept, asked_at = self._monotonic(), self._kept.get(request.url), self._asked_at.get(request.url)
         wants_fresh = any(name.lower() == "cache-control" for name in request.headers)
-        good_for = FRESH_SECONDS if wants_fresh or (kept is not None and kept.answer is None) else KEPT_SECONDS
-        if kept is None or self._monotonic() - kept.at >= good_for:
-            if request.url not in self._fetching and len(self._fetching) >= MOST_FETCHES:
+        if kept is not None and at - kept.at < (FRESH_SECONDS if wants_fresh else KEPT_SECONDS):
+            return kept.answer
+        if request.url not in self._fetching:
+            if asked_at is not None and at - asked_at < FRESH_SECONDS:
+                return ProviderAnswerError("there was no answer")
+            if len(self._fetching) >= MOST_FETCHES or (kept is None and self._are_made_up(request.url, at)):
                 return ProviderAnswerError("too many keys are asked for")
-            kept = await self._shared(request)
-        return kept.answer if kept.answer is not None else ProviderAnswerError("there was no answer")
+        answer = await self._shared(request)
+        return answer if answer is not None else ProviderAnswerError("there was no answer")
 
-    async def _shared(self, request: Outgoing) -> _Kept:
+    def _are_made_up(self, url: str, at: float) -> bool:
+        """Count an address that never answered; return whether there were too many of its origin in this minute."""
+        origin = origin_of(url)
+        lately = self._unknown[origin] = [one for one in self._unknown.get(origin, ()) if at - one < UNKNOWN_SECONDS]
+        if len(lately) >= MOST_UNKNOWN:
+            return True
+        lately.append(at)
+        return False
+
+    async def _shared(self, request: Outgoing) -> Incoming | None:
         task = self._fetching.get(request.url)
         if task is None:
             # A context of its own: what is logged belongs to no request.
@@ -119,20 +136,21 @@ class PublishedKeys:
             )
         return await asyncio.shield(task)
 
-    async def _fetch(self, request: Outgoing) -> _Kept:
+    async def _fetch(self, request: Outgoing) -> Incoming | None:
         began = self._monotonic()
-        answer: Incoming | None = None
+        self._asked_at = {url: at for url, at in self._asked_at.items() if began - at < FRESH_SECONDS}
+        self._asked_at[request.url] = began
         try:
             answer = await self._egress.send(request, timeout_seconds=FETCH_SECONDS)
         except BrokerError:
-            answer = None
-        if answer is not None and (answer.status == 429 or answer.status >= 500):
-            answer = None
+            return None
+        if answer.status != 200:  # whatever it says, it is no key
+            return None
+        self._kept.pop(request.url, None)
         while len(self._kept) >= MOST_KEPT:
             self._kept.pop(next(iter(self._kept)))
-        self._kept.pop(request.url, None)
-        kept = self._kept[request.url] = _Kept(began, answer)
-        return kept
+        self._kept[request.url] = _Kept(began, answer)
+        return answer
 
 
 def _is_within(url: str, asks: Collection[str]) -> bool:

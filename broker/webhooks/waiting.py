@@ -19,7 +19,7 @@ from broker.database import Database
 from broker.errors import BrokerError
 from broker.models import Connection, WebhookEvent, WebhookSource
 from broker.vault import SecretUnreadable
-from broker.webhooks.attributing import account_is, awaited, release_awaited
+from broker.webhooks.attributing import account_is_one_of, awaited, release_awaited
 from broker.webhooks.fanning_out import ToFanOut, fan_out
 from broker.webhooks.history import History
 from broker.webhooks.matching import EventBody
@@ -129,14 +129,16 @@ class Waiting:
         ended = ended_by(webhook, one.type, Received("POST", "", headers, raw), Body(raw))
         if ended is None:
             return
-        of_account = sa.or_(*(account_is(account_id) for account_id in ended.accounts))
-        which = [col(Connection.provider) == one.provider, of_account]
+        which = [col(Connection.provider) == one.provider, account_is_one_of(ended.accounts)]
+        integration = source.config.get("integration")
         if source.connection_id is not None:
             which.append(col(Connection.id) == source.connection_id)
-        if source.config.get("integration") is not None:
-            which.append(col(Connection.integration) == source.config["integration"])
+        if integration is not None:
+            which.append(col(Connection.integration) == integration)
+        is_said = any(said is not None for said in (ended.client_id, source.connection_id, integration))
         at = min(time for time in (ended.at, one.verdict.get("signed_at"), one.received_at) if time is not None)
-        over = GrantOver(which, ended.then, ended.client_id, at, one.type, one.id)
+        only_client_of = None if is_said else one.provider
+        over = GrantOver(which, ended.then, ended.client_id, at, one.type, one.id, only_client_of)
         await self._credentials.mark_ended(over)
 
     async def release_parked(self) -> int:

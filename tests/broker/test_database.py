@@ -951,3 +951,31 @@ async def test_a_query_leaves_no_transaction_behind_that_would_hide_later_commit
     for number in range(3):
         assert await database.query(count) == number
         await database.transaction(lambda session, number=number: session.execute(insert, {"id": f"ses_{number}"}))  # type: ignore[misc]
+
+
+SLOW = {
+    "sqlite": "WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 2000000) SELECT count(*) FROM n",
+    "postgresql": "SELECT count(*) FROM (SELECT 1 FROM pg_sleep(0.3)) AS slept",
+}
+
+
+async def test_a_read_aside_lets_the_event_loop_go_on(database: Database) -> None:
+    """In a thread on SQLite, where a plain read would hold the loop; writes are refused there too."""
+    turns = 0
+
+    async def turn() -> None:
+        nonlocal turns
+        while True:
+            await asyncio.sleep(0.005)
+            turns += 1
+
+    turning = asyncio.create_task(turn())
+    slow = sa.text(SLOW[database.dialect])
+    assert await database.read_aside(lambda session: session.execute(slow).scalar_one()) > 0
+    turning.cancel()
+    assert turns >= 5
+    with pytest.raises((DatabaseUnavailable, InternalError)):
+        await database.read_aside(lambda session: session.execute(sa.text("UPDATE webhook_state SET number = 7")))
+    await database.aclose()
+    with pytest.raises(DatabaseUnavailable):
+        await database.read_aside(lambda session: session.execute(slow).scalar_one())

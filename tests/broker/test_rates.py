@@ -472,3 +472,11 @@ async def test_a_redis_that_hangs_costs_one_caller_a_moment() -> None:
         assert time.monotonic() - began < 1.0
         await _retry_after(rates, "k", Rate(20, 100))
         await rates.aclose()
+
+
+@pytest.mark.parametrize("url", ["redis://127.0.0.1", "redis://:secret@127.0.0.1/2", "rediss://user:secret@[::1]"])
+async def test_an_address_of_redis_needs_no_port(url: str) -> None:
+    rates = Rates(url)
+    await rates.aclose()
+    assert rates._shared is not None
+    assert rates._shared._storage.bridge.options_from_uri.locations[0][1] == 6379

@@ -71,6 +71,8 @@ READ = [
     ("keyring", "k2:BBBB,k1:AAAA", Secret("k2:BBBB,k1:AAAA")),
     ("secret_cache_seconds", "0", 0.0),
     ("background_refreshes_per_minute", "60", 60),
+    ("drain_seconds", "2.5", 2.5),
+    ("grace_seconds", "60", 60),
     ("proxy_domain", "Proxy.Example.test", "proxy.example.test"),
     ("proxy_most_bytes", "1048576", 1_048_576),
     ("caller_calls_per_second", "2.5", 2.5),

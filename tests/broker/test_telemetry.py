@@ -421,6 +421,15 @@ async def test_an_access_line_is_what_the_processors_would_have_made(lines: Call
         assert line == {**expected, "method": method}
 
 
+async def test_an_access_line_names_the_trace_that_its_request_belongs_to(
+    lines: Callable[[], list[dict[str, Any]]],
+) -> None:
+    access_line("GET", "/v1/providers", 200, 0.1, "req_1234567", trace_id="0af7651916cd43dd8448eb211c80319c")
+    access_line("BREW", "/v1/providers", 200, 0.1, "req_1234567", trace_id="0af7651916cd43dd8448eb211c80319c")
+    await asyncio.sleep(0)
+    assert [line["trace_id"] for line in lines()] == ["0af7651916cd43dd8448eb211c80319c"] * 2
+
+
 @pytest.mark.parametrize("request_id", ["req_0123456789abcdef0123456789", f"brk_abc_{CANARY}", f"gho_{CANARY}{CANARY}"])
 async def test_a_request_id_that_is_a_credential_does_not_pass(output: io.StringIO, request_id: str) -> None:
     access_line("GET", "/v1/providers", 200, 0.1, request_id)

@@ -35,9 +35,13 @@ class Upstream:
 
 @dataclass
 class Balancer:
-    """``ready``: the ports of the replicas that are in; ``counts``: what did not go well, by kind."""
+    """``ready``: the ports of the replicas that are in; ``counts``: what did not go well, by kind.
+
+    ``panics``: where none is ready it asks any, as large ones do, so that clients see the replicas' own errors.
+    """
 
     port: int = 0
+    panics: bool = False
     ready: set[int] = field(default_factory=set)
     idle: dict[int, list[Upstream]] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
@@ -48,6 +52,13 @@ class Balancer:
         """Let a replica in as soon as it is ready, whenever it is."""
         if port not in self._probes:
             self._probes[port] = asyncio.create_task(self._probe(port))
+
+    async def forget(self, port: int) -> None:
+        """Have nothing to do with a replica any more."""
+        task = self._probes.pop(port)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        self._take_out(port)
 
     async def has(self, *ports: int, seconds: float = PATIENCE_SECONDS) -> None:
         """Wait until these are in."""
@@ -112,9 +123,9 @@ class Balancer:
 
     async def _upstream(self) -> tuple[int, Upstream] | None:
         """Return a connection to a ready replica; a replica that does not take one is asked no more until it is ready again."""
-        while self.ready:
-            ready = sorted(self.ready)
-            port = ready[next(self._turns) % len(ready)]
+        refused: set[int] = set()
+        while ports := sorted((self.ready or (self._probes.keys() if self.panics else set())) - refused):
+            port = ports[next(self._turns) % len(ports)]
             while self.idle.get(port):
                 upstream = self.idle[port].pop()
                 if upstream.is_usable:
@@ -125,6 +136,7 @@ class Balancer:
             except OSError:
                 self.counts["refused"] += 1
                 self._take_out(port)
+                refused.add(port)
         return None
 
     def _give_back(self, port: int, upstream: Upstream, *, keeps: bool) -> None:

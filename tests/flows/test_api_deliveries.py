@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -258,3 +259,54 @@ async def test_a_large_recovery_goes_on_from_the_number_that_it_reached(rig: Rig
         after, rounds = int(done.next[0]) if done.next is not None else 0, rounds + 1
     assert rounds == 3
     assert sorted(row.number for row in await of(rig, late)) == list(range(1, 1_101))
+
+
+async def test_orders_that_follow_each_other_do_not_double_what_they_find(rig: Rig) -> None:
+    subscription_id = await made.subscription(rig.parts.database)
+    await made.events(rig.parts.database, 3)
+    for _ in range(4):
+        await set_all(rig, state="delivered")
+        assert (await replay(rig, status="delivered"))["replayed"] == 3
+    assert len(await of(rig, subscription_id)) == 3 + 4 * 3
+    await set_all(rig, state="delivered")
+    await set_all(rig, col(WebhookDelivery.replay).is_(False), created_at=1.0)
+    since = {"status": "delivered", "since": "2001-01-01T00:00:00Z"}
+    assert (await replay(rig, dry_run=True, **since))["total"] == 3, "the first one within the time counts"
+    until = {"status": "delivered", "until": "2001-01-01T00:00:00Z"}
+    assert (await replay(rig, dry_run=True, **until))["total"] == 3
+
+
+async def test_what_is_sent_again_by_hand_wakes_the_worker(rig: Rig) -> None:
+    database, woken = rig.parts.database, asyncio.Event()
+    subscription_id = await made.subscription(database)
+    event_id = await made.event(database)
+    await set_all(rig, state="dead", ended_at=5.0)
+    [row] = await of(rig)
+    replaying = Replaying(database, rig.parts.webhooks.history, rig.parts.audit, wake=woken.set)
+    late = await made.subscription(database)
+    for act in (
+        lambda: replaying.retry(row.id, ADMIN),
+        lambda: replaying.replay(event_id, ADMIN, subscription_id=subscription_id),
+        lambda: replaying.replay_many(BulkFilter(status="dead"), ADMIN, dry_run=False),
+        lambda: replaying.recover(late, 0.0, ADMIN, dry_run=False),
+    ):
+        await set_all(rig, state="dead", ended_at=5.0)
+        woken.clear()
+        await act()
+        assert woken.is_set()
+    woken.clear()
+    await replaying.replay_many(BulkFilter(status="dead"), ADMIN, dry_run=True)
+    assert not woken.is_set()
+
+
+async def test_a_retry_by_hand_goes_out_at_once(rig: Rig) -> None:
+    """The process's own worker is told: it would look by itself after a second only."""
+    database = rig.parts.database
+    woken = rig.parts.webhooks.delivery._awake
+    await made.subscription(database)
+    await made.event(database)
+    await set_all(rig, state="dead", ended_at=5.0)
+    [row] = await of(rig)
+    woken.clear()
+    assert (await rig.call("POST", f"/v1/deliveries/{row.id}/retry")).status_code == 202
+    assert woken.is_set()

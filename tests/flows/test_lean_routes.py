@@ -10,6 +10,7 @@ from litestar import Litestar
 from broker.api.lean import lean_post
 from broker.api.requests import FAILED, Authentication
 from broker.errors import NotFound, Unauthenticated
+from broker.limits import Room
 from tests.flows.api_calls import check_problem, grant, imported, same_but_for_the_request_id, unused
 from tests.flows.rig import Rig
 from tests.flows.time_passes import set_row
@@ -67,9 +68,9 @@ async def test_what_failed_on_the_express_way_is_answered_without_asking_again_w
 
     nobody: Any = {"state": {FAILED: NotFound()}, "headers": []}
     with pytest.raises(NotFound):
-        await Authentication(unreached, shared.parts.callers)(nobody, unreached, unreached)  # type: ignore[arg-type]
+        await Authentication(unreached, shared.parts.callers, Room(1))(nobody, unreached, unreached)  # type: ignore[arg-type]
     with pytest.raises(Unauthenticated):  # so it was the failure that came first
-        await Authentication(unreached, shared.parts.callers)(nobody, unreached, unreached)  # type: ignore[arg-type]
+        await Authentication(unreached, shared.parts.callers, Room(1))(nobody, unreached, unreached)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("content", [b"", b"null", b"{}", b'{"min_ttl": 0, "reason": "backup"}'])

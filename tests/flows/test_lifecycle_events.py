@@ -306,6 +306,18 @@ async def test_tokens_of_some_users_end_and_those_of_the_workspace_with_the_app(
     assert [(await site.status(one))[0] for one in (ada, ben, elsewhere)] == ["revoked", "revoked", "active"]
 
 
+async def test_tokens_of_very_many_users_end_at_once(either: Rig) -> None:
+    site = await site_of(either, "slack", "123.456")
+    ada, cy = [await site.connect(f"T#1/{user}", user) for user in ("U7", "UCY")]
+    users = [f"U{number}" for number in range(1000)]
+    told = {"type": "event_callback", "team_id": "T#1", "event_time": int(await either.parts.database.read(now))}
+    told["event"] = {"type": "tokens_revoked", "tokens": {"oauth": users, "bot": [f"B{one}" for one in users]}}
+    event_id = await site.post("tokens_revoked", {**told, "event_id": "Ev#1"})
+    await site.work()
+    assert [(await site.status(one))[0] for one in (ada, cy)] == ["revoked", "active"]
+    assert (await site.stored(event_id)).number is not None
+
+
 async def test_an_unsigned_type_asks_for_consent_again_and_is_judged_by_its_time(shared: Rig) -> None:
     site = await site_of(shared, "shopify", "key")
     number = 548380000 + site.number
@@ -338,6 +350,42 @@ async def test_of_two_clients_none_ends_unless_the_source_says_whose_it_is(share
     await site.post("app_uninstalled", {**wrapped, "event_id": "Ev#2"})
     await site.work()
     assert [(await site.status(one))[0] for one in (mine, theirs)] == ["active", "revoked"]
+
+
+async def test_an_app_that_has_no_connection_of_the_account_ends_no_other_apps_grant(either: Rig) -> None:
+    site = await site_of(either, "slack", "123.456")
+    other = {"name": "slack2", "provider": "slack", "client_id": "789.1", "client_secret": "s" * 32, "scopes": []}
+    assert (await either.call("POST", "/v1/integrations", other)).status_code == 201
+    theirs = await site.connect("T#1/U1", integration="slack2")
+    wrapped = {"type": "event_callback", "team_id": "T#1", "event": {"type": "app_uninstalled"}}
+    wrapped["event_time"] = int(await either.parts.database.read(now))  # type: ignore[assignment]
+    await site.post("app_uninstalled", {**wrapped, "event_id": "Ev#1"})
+    await site.work()
+    assert (await site.status(theirs))[0] == "active"
+    told = {"config": {"integration": "slack"}}
+    assert (await either.call("PATCH", f"/v1/webhook-sources/{site.source['id']}", told)).status_code == 200
+    await site.post("app_uninstalled", {**wrapped, "event_id": "Ev#2"})
+    await site.work()
+    assert (await site.status(theirs))[0] == "active"
+
+
+async def test_the_events_of_a_source_with_an_integration_are_of_its_connections_alone(either: Rig) -> None:
+    site = await site_of(either, config={"integration": "stripe", "park_unmatched": True})
+    other = {"name": "second", "provider": "stripe", "client_id": "ca_2", "client_secret": "s" * 32, "scopes": []}
+    assert (await either.call("POST", "/v1/integrations", other)).status_code == 201
+    theirs = await site.connect("acct_#1", integration="second")
+    paid = {"type": "invoice.paid", "account": "acct_#1"}
+    parked = await site.post("invoice.paid", {**paid, "id": "e#1"})
+    await site.work()
+    assert ((await site.stored(parked)).parked, (await site.stored(parked)).connection_id) == (True, None)
+    mine = await site.connect("acct_#1")
+    await site.work()
+    assert (await site.stored(parked)).connection_id == mine
+    at_once = await site.post("invoice.paid", {**paid, "id": "e#2"})
+    assert (await site.stored(at_once)).connection_id == mine
+    told = {"config": {"integration": "second"}}
+    assert (await either.call("PATCH", f"/v1/webhook-sources/{site.source['id']}", told)).status_code == 200
+    assert (await site.stored(await site.post("invoice.paid", {**paid, "id": "e#3"}))).connection_id == theirs
 
 
 async def test_sealed_bodies_are_read_and_end_grants_too(shared: Rig) -> None:

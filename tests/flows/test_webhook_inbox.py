@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import hashlib
 import hmac
 import json
@@ -22,6 +23,7 @@ from sqlalchemy.pool import NullPool
 
 from broker.models import WebhookDelivery, WebhookEvent
 from broker.telemetry import render
+from broker.webhooks.routes import WebhookRoute
 from tests.flows.rig import Rig, eventually, open_rig
 from tests.flows.webhook_senders import (
     PUSH,
@@ -442,6 +444,56 @@ async def test_one_address_may_send_so_much_in_a_minute(tmp_path: Path) -> None:
         assert (await from_address("192.0.2.2")).status == 202
         within = [(await from_address(f"2001:db8::{part}")).status for part in range(1, 5)]
         assert within == [202, 202, 202, 429]  # one network of IPv6 is one client
+
+
+async def test_one_address_cannot_hold_so_many_bytes_that_others_are_turned_away(tmp_path: Path) -> None:
+    async with open_rig(tmp_path, trusted_proxies="127.0.0.0/8") as rig:
+        target, large = f"/webhooks/{await new_source(rig)}", 20 * 1024**2
+        slow, other = (("X-Forwarded-For", address) for address in ("192.0.2.1", "192.0.2.2"))
+        head = raw_request(target, [slow], b"").replace(b"Length: 0", b"Length: %d" % large)
+        place = urlsplit(rig.base)
+        held: list[asyncio.StreamWriter] = []
+
+        async def is_turned_away() -> bool:
+            reader, writer = await asyncio.open_connection(place.hostname, place.port)
+            held.append(writer)
+            writer.write(head)
+            with contextlib.suppress(TimeoutError):
+                return (await asyncio.wait_for(read_answer(reader), 0.2)).status == 503
+            return False
+
+        try:
+            _, writer = await asyncio.open_connection(place.hostname, place.port)
+            held.append(writer)
+            writer.write(head + b"x" * (large - 1))  # and the last byte never comes
+            await writer.drain()
+            assert await eventually(is_turned_away)
+            assert (await post(rig, target, [*github_fields(PUSH), other], PUSH)).status == 202
+            assert (await post(rig, target, [*github_fields(b"{}"), slow], b"{}")).status == 202, (
+                "a small one still fits"
+            )
+        finally:
+            for one in held:
+                one.transport.abort()
+
+
+async def test_of_an_address_that_a_proxy_tells_at_length_nothing_long_is_kept(rig: Rig) -> None:
+    target = f"/webhooks/{await new_source(rig)}"
+    before = _kept_addresses()
+    for number in range(5):
+        made_up = ("X-Forwarded-For", f"x{number}" * 1000 + ", 192.0.2.9")
+        answer = await post(rig, target, with_field([*github_fields(PUSH), made_up], "X-Hub-Signature-256", "x"), PUSH)
+        assert is_refusal(answer)
+    assert _kept_addresses() == before
+    (rejection,) = await eventually(lambda: rejections_of(rig, target.rpartition("/")[2]))
+    assert rejection.address == "192.0.2.9"
+
+
+def _kept_addresses() -> list[int]:
+    """Return the sizes of the caches of addresses that there are."""
+    gc.collect()  # those of other brokers
+    routes = [one for one in gc.get_objects() if isinstance(one, WebhookRoute)]
+    return [one._address.cache_info().currsize for one in routes]  # memory is seen from inside alone
 
 
 # What cannot be made durable

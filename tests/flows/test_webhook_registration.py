@@ -271,6 +271,35 @@ async def test_a_hook_that_cannot_be_is_refused_with_the_source(
         assert await rows(rig, WebhookRegistration) == []
 
 
+async def test_a_hook_is_made_only_for_who_might_have_the_token_that_makes_it(shared: Rig) -> None:
+    async with at(shared, hub()) as (rig, api):
+        connection_id = await connect(rig, api, "github", KEY)
+        operator = await rig.caller(roles=("operator",))
+        may_call = {"integrations": ["*"], "may": ["read", "proxy", "events"]}
+        caller = await rig.caller(may_call, roles=("operator", "service"))
+        token = await rig.caller({"integrations": ["github"], "may": ["token"]}, roles=("operator", "service"))
+        body = {"name": "events", "provider": "github", "connection_id": connection_id}
+        hook = {"register": True, "config": {"registration": REPOSITORY}}
+        for key in (operator, caller):
+            refused = await rig.call("POST", "/v1/webhook-sources", {**body, **hook}, key=key)
+            assert (refused.status_code, refused.json()["code"]) == (403, "forbidden")
+        assert await rows(rig, WebhookSource) == []
+        made = await rig.call("POST", "/v1/webhook-sources", body, key=operator)
+        path = f"/v1/webhook-sources/{made.json()['id']}"
+        assert (await rig.call("PATCH", path, hook, key=operator)).status_code == 403
+        assert (await rows(rig, WebhookRegistration), await run_until_idle(rig)) == ([], 0)
+        assert (await rig.call("PATCH", path, hook, key=token)).status_code == 200
+        await run_until_idle(rig)
+        # What stands may be looked after by who looks after sources, and is pointed nowhere else.
+        elsewhere = {"config": {"public_url": "https://elsewhere.test/in"}}
+        assert (await rig.call("PATCH", path, elsewhere, key=operator)).status_code == 403
+        assert (await rig.call("PATCH", path, {"config": {"park_unmatched": True}}, key=operator)).status_code == 200
+        assert (await rig.call("POST", f"{path}/secrets", key=operator)).status_code == 201
+        assert (await rig.call("PATCH", path, {"register": False}, key=operator)).status_code == 200
+        await run_until_idle(rig)
+        assert api.hooks == {}
+
+
 # --- Looked after.
 
 

@@ -117,7 +117,9 @@ def naming_webhooks(session: Session) -> Named:
     rows = session.exec(select(WebhookSecret).where(live).order_by(col(WebhookSecret.id)))
     named = {vault_owner(row.id): f"{row.owner_id} has no value for its secret {row.id}" for row in rows}
     sources = session.exec(select(WebhookSource).where(col(WebhookSource.settings_version) > 0))
-    of_settings = {settings_owner(row.id, row.settings_version): f"{row.id} lacks its secret settings" for row in sources}
+    of_settings = {
+        settings_owner(row.id, row.settings_version): f"{row.id} lacks its secret settings" for row in sources
+    }
     return {**named, **of_settings}
 
 

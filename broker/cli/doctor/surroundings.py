@@ -53,7 +53,9 @@ def configuration(settings: Settings) -> list[Finding]:
 def _weak_spots(settings: Settings) -> list[tuple[str, str]]:
     found = []
     if {"public", "admin"} <= set(settings.routes):
-        what = "BROKER_ROUTES has public and admin on one listener: /metrics and /schema answer everybody who reaches it"
+        what = (
+            "BROKER_ROUTES has public and admin on one listener: /metrics and /schema answer everybody who reaches it"
+        )
         found.append((what, "serve strangers from processes with BROKER_ROUTES=public"))
     if settings.admin_key is not None:
         what = "BROKER_ADMIN_KEY is set: a key that may do everything stands in the environment"
@@ -91,8 +93,12 @@ async def redis(parts: Parts) -> list[Finding]:
     """Ask Redis, where it is configured; its address is shown nowhere."""
     if parts.settings.redis_url is None:
         return [Finding("redis", "ok", "is not used: each process counts rates for itself")]
-    bounds = {"socket_timeout": REDIS_SECONDS, "socket_connect_timeout": REDIS_SECONDS}
-    client = Redis.from_url(parts.settings.redis_url.reveal(), retry=Retry(NoBackoff(), 0), **bounds)
+    client = Redis.from_url(
+        parts.settings.redis_url.reveal(),
+        retry=Retry(NoBackoff(), 0),
+        socket_timeout=REDIS_SECONDS,
+        socket_connect_timeout=REDIS_SECONDS,
+    )
     try:
         await client.execute_command("PING")  # type: ignore[no-untyped-call]
     except (RedisError, OSError):
@@ -108,7 +114,9 @@ async def processes(parts: Parts) -> list[Finding]:
     running = await parts.database.read(live)
     if not running:
         return [Finding("processes", "warning", "none is running", "start `broker serve`")]
-    found = [Finding("processes", "ok", f"{one.id}: {one.kind} on {one.host}, version {one.version}") for one in running]
+    found = [
+        Finding("processes", "ok", f"{one.id}: {one.kind} on {one.host}, version {one.version}") for one in running
+    ]
     others = sorted({one.version for one in running} - {__version__})
     if others:
         detail = f"this is version {__version__}, and there are processes of {', '.join(others)}"

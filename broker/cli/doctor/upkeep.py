@@ -12,6 +12,7 @@ from sqlmodel import Session, col, select
 from broker.app import Parts
 from broker.cli.doctor.findings import Finding, bounded
 from broker.database import now
+from broker.gauges import Tail, unsigned_tail
 from broker.models import (
     Caller,
     CallerKey,
@@ -22,8 +23,7 @@ from broker.models import (
     WebhookSubscription,
     rfc3339,
 )
-from broker.gauges import unsigned_tail
-from broker.vault.key_ages import CLIENT_SECRET, key_ages
+from broker.vault.key_ages import CLIENT_SECRETS, key_ages
 from broker.webhooks.backlog import Backlog, backlog
 
 DAY_SECONDS: Final = 86_400.0
@@ -40,11 +40,16 @@ async def audit(parts: Parts) -> list[Finding]:
     if not verdict.ok:
         detail = f"the chain is broken ({verdict.problem}): see `broker audit verify`"
         return [Finding("audit", "failed", detail, "find out who wrote to the database; docs/disasters.md")]
-    if tail.seconds > LATE_CHECKPOINT_SECONDS:
-        detail = f"no checkpoint covers the last {tail.records} records, for {tail.seconds:.0f} s"
-        advice = "see that a worker runs, and what it logs as worker.failed with the job checkpoint"
-        return [Finding("audit", "warning", detail, advice)]
-    return [Finding("audit", "ok", f"the chain is whole, {verdict.count} records")]
+    return [of_tail(tail) or Finding("audit", "ok", f"the chain is whole, {verdict.count} records")]
+
+
+def of_tail(tail: Tail) -> Finding | None:
+    """Return a warning where checkpoints are late, None where all is well (pure)."""
+    if tail.seconds <= LATE_CHECKPOINT_SECONDS:
+        return None
+    detail = f"no checkpoint covers the last {tail.records} records, for {tail.seconds:.0f} s"
+    advice = "see that a worker runs, and what it logs as worker.failed with the job checkpoint"
+    return Finding("audit", "warning", detail, advice)
 
 
 async def keys(parts: Parts) -> list[Finding]:
@@ -64,7 +69,7 @@ def overdue(ages: Mapping[str, float]) -> list[Finding]:
 
 
 def _way_of(name: str) -> str:
-    if name == CLIENT_SECRET:
+    if name == CLIENT_SECRETS:
         return "make a new one at the provider, then `broker integrations add-secret`"
     return f"`broker keys rotate {name}`, docs/rotation.md"
 
@@ -76,7 +81,9 @@ def _oldest(ages: Mapping[str, float]) -> str:
 def _standing_rotations(session: Session) -> list[Finding]:
     rows = session.exec(select(Rotation).where(col(Rotation.state).in_(["failed", "paused"])))
     advice = "`broker keys rotations` says why; then `broker keys resume`"
-    return [Finding("keys", "warning", f"the rotation {row.id} of {row.key_class} is {row.state}", advice) for row in rows]
+    return [
+        Finding("keys", "warning", f"the rotation {row.id} of {row.key_class} is {row.state}", advice) for row in rows
+    ]
 
 
 def _refused(session: Session) -> list[Finding]:
@@ -95,21 +102,15 @@ async def callers(parts: Parts) -> list[Finding]:
 
 def _ending(session: Session) -> list[Finding]:
     at = now(session)
-    ends_at = sa.func.min(
-        sa.func.coalesce(col(CallerKey.expires_at), math.inf), sa.func.coalesce(col(Caller.expires_at), math.inf)
-    )
-    if session.get_bind().dialect.name == "postgresql":
-        ends_at = sa.func.least(col(CallerKey.expires_at), col(Caller.expires_at))
-    query = (
-        sa.select(col(CallerKey.id), col(Caller.id), ends_at)
-        .join(Caller, col(Caller.id) == col(CallerKey.caller_id))
-        .where(col(CallerKey.revoked_at).is_(None), ends_at > at, ends_at < at + ENDING_DAYS * DAY_SECONDS)
-        .order_by(ends_at)
-    )
+    query = select(CallerKey, Caller).join(Caller, col(Caller.id) == col(CallerKey.caller_id))
+    ends = sa.or_(col(CallerKey.expires_at).is_not(None), col(Caller.expires_at).is_not(None))
+    pairs = session.exec(query.where(col(CallerKey.revoked_at).is_(None), ends))
+    ending = [(min(key.expires_at or math.inf, caller.expires_at or math.inf), key) for key, caller in pairs]
     advice = "`broker callers add-key`, hand it over, then revoke the old one"
     return [
-        Finding("callers", "warning", f"{key_id} of {caller_id} ends at {rfc3339(end)}", advice)
-        for key_id, caller_id, end in session.execute(query)
+        Finding("callers", "warning", f"{key.id} of {key.caller_id} ends at {rfc3339(end)}", advice)
+        for end, key in sorted(ending, key=lambda one: one[0])
+        if at < end < at + ENDING_DAYS * DAY_SECONDS
     ]
 
 

@@ -225,6 +225,7 @@ async def test_listen_ends_with_what_is_wrong(rig: Rig) -> None:
 
 # The stream, when it breaks. The far side is a fake: a real one that breaks at a chosen byte there is none.
 
+BEHIND = json.dumps({"data": [{"id": "evt_behind", "number": 5}]}).encode()  # its list's next page
 Answering = Callable[[dict[str, str], int], bytes]
 
 
@@ -242,7 +243,8 @@ async def a_breaking_broker(stream: Answering, newest: bytes) -> AsyncIterator[s
             body = stream(head, opened)
             kind = b"text/event-stream\r\nContent-Length: 100000"  # it promises more than comes
         else:
-            body, kind = newest, b"application/json\r\nContent-Length: %d" % len(newest)
+            body = BEHIND if "cursor=wait%3D" in first else newest
+            kind = b"application/json\r\nContent-Length: %d" % len(body)
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: " + kind + b"\r\n\r\n" + body)
         await writer.drain()
         writer.close()
@@ -261,6 +263,8 @@ def frame(number: int) -> bytes:
     [
         ({"data": []}, BEFORE_ALL),
         ({"data": [{"id": "evt_waits", "number": None}, {"id": "evt_0", "number": 7}]}, "evt_0"),
+        ({"data": [{"id": "evt_waits", "number": None}], "next_cursor": "wait="}, "evt_behind"),
+        ({"data": [], "next_cursor": "wait="}, "evt_behind"),
     ],
 )
 async def test_a_stream_that_breaks_is_taken_up_behind_the_last_event(newest: Any, begins_after: str) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
+import sqlalchemy as sa
 from sqlmodel import Session
 
-from broker.database import PostgresDatabase, SqliteDatabase, now
+from broker.database import PostgresDatabase, SqliteDatabase, now, opened
 from broker.models import Connection, WebhookEvent
 from broker.webhooks.attributing import awaited, connections_of, release, release_awaited
 
@@ -58,7 +61,7 @@ async def park(database: Opened, *accounts: str | None) -> list[str]:
 
 
 async def owners(database: Opened, *accounts: str) -> list[Sequence[str]]:
-    return await database.query(lambda one: connections_of(one, [("sender", account) for account in accounts]))
+    return await database.query(lambda one: connections_of(one, [("sender", account, None) for account in accounts]))
 
 
 async def test_an_account_has_its_live_connections_and_two_are_enough_to_know(database: Opened) -> None:
@@ -84,6 +87,35 @@ async def test_a_first_part_means_each_account_that_begins_so_letter_by_letter(d
         (mine,),
         (),
     ]
+
+
+async def test_a_first_part_is_found_by_an_index_where_reads_hold_up_the_loop(tmp_path: Path) -> None:
+    async with opened(f"sqlite:///{tmp_path}/broker.db") as database:
+        found: list[str] = []
+
+        def look(connection: sa.Connection) -> None:
+            with listening(connection, found):
+                connections_of(connection, [("sender", "ws:*", None), ("sender", "ws:*", "one")])
+            for statement in found:
+                plan = connection.exec_driver_sql(
+                    f"EXPLAIN QUERY PLAN {statement}", ("x",) * statement.count("?")
+                ).all()
+                assert "ix_connections_account (provider=? AND account_id>? AND account_id<?)" in plan[0][-1]
+
+        await database.query(look)
+        assert len(found) == 2
+
+
+@contextlib.contextmanager
+def listening(connection: sa.Connection, found: list[str]) -> Iterator[None]:
+    """Note the statements that are executed on a connection."""
+
+    def note(_c: object, _u: object, statement: str, *_more: object) -> None:
+        found.append(statement)
+
+    sa.event.listen(connection, "before_cursor_execute", note)
+    yield
+    sa.event.remove(connection, "before_cursor_execute", note)
 
 
 async def test_parked_events_go_to_the_only_connection_and_to_nobody_where_there_are_several(database: Opened) -> None:

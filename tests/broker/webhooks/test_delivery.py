@@ -18,14 +18,18 @@ from hypothesis import strategies as st
 from sqlmodel import col
 
 from broker.database import Database, opened
+from broker.limits import Rate, Rates
 from broker.models import WebhookEvent
 from broker.telemetry import render
-from broker.webhooks.lanes import Bounds, Load, may_start
+from broker.webhooks.backoff import Attempt
+from broker.webhooks.lanes import Bounds, Lane, Load, may_start
+from broker.webhooks.sending import Sending
+from broker.webhooks.signing import V1aKey
 from tests.broker.far_side import OK, Line, answering, far_side, silence
 from tests.broker.test_egress import Authority, Resolver, development, production
 from tests.broker.virtual_time import Clock
 from tests.broker.webhooks.deliveries import change, queued, row, states, subscribed, until
-from tests.broker.webhooks.delivering import KEYS, OLD_SECRET, SECRET, worker
+from tests.broker.webhooks.delivering import KEYS, OLD_SECRET, SECRET, Worker, worker
 
 NO_CONTENT = b"HTTP/1.1 204 No Content\r\n\r\n"
 BODY = b'{"a": 1}\r\n\x00\xff'
@@ -588,3 +592,83 @@ async def test_a_second_worker_of_the_same_process_changes_nothing(database: Dat
         await queued(database, [one])
         await near.all_delivered()
         assert len(far.requests) == 1
+
+
+@pytest.mark.parametrize("key", ["a", ""])
+async def test_a_line_goes_on_at_once_when_the_one_before_has_ended(database: Database, key: str) -> None:
+    async with far_side(answering(OK)) as far, worker(database) as near:
+        one = await subscribed(database)
+        near.active(one, f"http://127.0.0.1:{far.port}/")
+        began = time.monotonic()
+        await queued(database, [one], 8, order_key=key)
+        await until(partial(states, database), lambda found: set(found) == {"delivered"})  # nobody wakes it
+        assert time.monotonic() - began < 6  # 1 s each, were the next one only noticed
+
+
+async def test_a_defect_before_the_request_leaves_keeps_no_delivery(database: Database) -> None:
+    broken = [True]
+
+    def keys() -> list[V1aKey]:
+        if broken:
+            raise KeyError("a defect")
+        return KEYS
+
+    async with far_side(answering(OK)) as far, worker(database, keys=keys) as near:
+        one = await subscribed(database)
+        (delivery_id,) = await queued(database, [one])
+        near.active(one, f"http://127.0.0.1:{far.port}/", signature="v1a", secrets=())
+        await postponed(database, delivery_id)
+        await until(partial(asyncio.sleep, 0), lambda _: not near.delivery._held)
+        assert far.requests == []
+        broken.clear()
+        await due_now(database, delivery_id)
+        await near.all_delivered()
+
+
+class DefectiveSending(Sending):
+    """Posts nothing."""
+
+    def __init__(self, whole: Sending) -> None:
+        """Have the parts of a whole one."""
+        self.__dict__.update(whole.__dict__)
+
+    async def post(self, request: object, seconds: float) -> Attempt:
+        """Fail as no code should."""
+        raise KeyError(request, seconds)
+
+
+class DefectiveRates(Rates):
+    """Count nothing."""
+
+    async def take(self, key: str, rate: Rate | None, *, caller: str, wait_seconds: float) -> None:
+        """Fail as no code should."""
+        raise KeyError(key, rate, caller, wait_seconds)
+
+
+async def test_a_defect_behind_the_request_counts_as_an_attempt(database: Database) -> None:
+    async with far_side(answering(OK)) as far, worker(database) as near:
+        one = await subscribed(database)
+        (delivery_id,) = await queued(database, [one])
+        near.delivery._sending = DefectiveSending(near.delivery._sending)
+        near.active(one, f"http://127.0.0.1:{far.port}/")
+        await near.until(lambda found: found == ["retrying"])
+        kept = await row(database, delivery_id)
+        assert (kept.attempts, kept.claim, kept.tries[0]["error"]) == (1, None, "defect")
+
+
+async def test_a_defect_of_a_lane_gives_its_deliveries_back_and_it_goes_on_later(database: Database) -> None:
+    async with far_side(answering(OK)) as far, worker(database) as near:
+        one = await subscribed(database)
+        ids = await queued(database, [one], 3)
+        whole, near.delivery._rates = near.delivery._rates, DefectiveRates()
+        near.active(one, f"http://127.0.0.1:{far.port}/", max_per_second=100.0)
+        await until(partial(lane_of, near, one), lambda lane: lane is not None and lane.held_until > 0)
+        for each in ids:
+            await until(partial(row, database, each), lambda kept: kept.claim is None)
+        assert far.requests == []
+        near.delivery._rates = whole
+        await near.all_delivered()
+
+
+async def lane_of(near: Worker, subscription_id: str) -> Lane | None:
+    return near.delivery._lanes.get(subscription_id)

@@ -264,3 +264,29 @@ async def test_a_delivery_that_vanished_is_no_error(database: Database) -> None:
     (taken,) = await take(database, one)
     await database.transaction(lambda session: session.execute(sa.delete(WebhookDelivery)))
     assert await write(database, tried(taken, 200)) == [False]
+
+
+async def test_two_words_on_one_delivery_in_a_group_are_told_apart(database: Database) -> None:
+    """The word of the claim that holds it is written, and what came of an attempt goes before giving it back."""
+    one = await subscribed(database)
+    (delivery_id,) = await queued(database, [one])
+    (lost,) = await take(database, one)
+    await change(database, delivery_id, due_at=1.0)
+    (held,) = await take(database, one, by="clm_2")
+    assert await write(database, tried(held, 200), Outcome(held, None), tried(lost, 500)) == [True, True, False]
+    kept = await row(database, delivery_id)
+    assert (kept.state, [each["status"] for each in kept.tries]) == ("delivered", [200])
+
+
+DUE_AT = sa.select(col(WebhookDelivery.due_at)).where(col(WebhookDelivery.state) == "pending")
+
+
+async def test_a_long_line_that_waits_hides_no_other_for_long(database: Database) -> None:
+    one = await subscribed(database)
+    head, *_ = await queued(database, [one], 300, order_key="a")
+    (other,) = await queued(database, [one])
+    assert [taken.id for taken in await take(database, one)] == [head]
+    assert [taken.id for taken in await take(database, one, by="clm_2")] == [other]
+    behind = await database.read(lambda session: session.execute(DUE_AT).scalars().all())
+    assert len(behind) == 299
+    assert min(behind) > (await row(database, head)).created_at + 30

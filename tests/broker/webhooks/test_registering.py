@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -9,9 +11,11 @@ import pytest
 import sqlalchemy as sa
 from hypothesis import given
 from hypothesis import strategies as st
+from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.pool import NullPool
 from sqlmodel import Session, col, select
 
-from broker.database import Database, now
+from broker.database import Database, now, opened
 from broker.models import WebhookRegistration, WebhookSource
 from broker.webhooks import registrations
 from broker.webhooks.registering import NotMade, signed_request
@@ -108,6 +112,30 @@ async def test_of_one_source_one_row_is_acted_on_at_a_time_and_making_comes_firs
     await made(database, making, "7")
     [removing] = await claimed(database)
     assert (removing.state, removing.remote_id, removing.others) == ("unwanted", "7", frozenset({"7"}))
+
+
+async def test_who_records_and_who_changes_the_source_lock_its_rows_in_one_order(postgres_url: str) -> None:
+    async with opened(postgres_url) as database:
+        await database.transaction(wanted)
+        [first] = await claimed(database)
+        await made(database, first, "7")
+        await database.transaction(lambda session: wanted(session, repository="acme/other"))
+        [making] = await claimed(database)
+        for old, new in ((first.id, "reg_a"), (making.id, "reg_z")):
+            renamed = sa.update(WebhookRegistration).where(col(WebhookRegistration.id) == old).values(id=new)
+            await database.transaction(lambda session, renamed=renamed: session.execute(renamed))  # type: ignore[misc]
+        engine = create_async_engine(postgres_url, poolclass=NullPool)
+        lock = "SELECT id FROM webhook_registrations WHERE id = '{}' FOR UPDATE"
+        async with engine.connect() as other:
+            await other.execute(sa.text(lock.format("reg_a")))
+            recording = asyncio.create_task(made(database, replace(making, id="reg_z"), "8"))
+            waits = sa.text("SELECT count(*) FROM pg_locks WHERE NOT granted")
+            async with asyncio.timeout(10):
+                while not (await other.execute(waits)).scalar_one():  # noqa: ASYNC110 - it is the server that says so
+                    await asyncio.sleep(0.01)
+            await other.execute(sa.text(lock.format("reg_z")))  # else a deadlock
+            await other.commit()
+        assert await recording
 
 
 async def test_what_nobody_wants_any_more_while_it_is_made_is_removed_then(database: Database) -> None:

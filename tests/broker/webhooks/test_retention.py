@@ -134,3 +134,15 @@ async def test_the_figures_say_what_waits(database: Database, *, with_events: bo
     assert {name: figure(text, name) for name in expected} == {name: n * with_events for name, n in expected.items()}
     oldest = figure(text, "broker_webhook_oldest_undelivered_seconds")
     assert 100 <= oldest < 160 if with_events else oldest == 0
+
+
+async def test_a_pass_ends_at_the_first_batch_of_which_nothing_is_due(database: Database) -> None:
+    """Else each pass would read all that is kept, while others wait to write; what came late goes with those around it."""
+    at = await clock(database)
+    young = await made.events(database, BATCH)
+    late = await made.event(database, received_at=at - 9 * DAY)
+    assert await Retention(database, days=2, count=1_000_000).sweep() == 0
+    assert await kept(database) == {*young, late}
+    await set_all(database, WebhookEvent, col(WebhookEvent.id) == young[-1], received_at=at - 3 * DAY)
+    assert await Retention(database, days=2, count=1_000_000).sweep() == 2
+    assert await kept(database) == {*young[:-1]}

@@ -98,7 +98,7 @@ async def test_an_address_of_another_origin_is_not_asked(egress: Egress) -> None
         assert (evil.connections, good.connections) == (0, 0)
 
 
-@pytest.mark.parametrize("answer", [(500, "key"), (503, "key"), (429, "key")])
+@pytest.mark.parametrize("answer", [(500, "key"), (503, "key"), (429, "key"), (403, "key"), (404, "key"), (204, "")])
 async def test_a_provider_that_does_not_answer_proves_nothing_and_is_left_alone_for_a_while(
     egress: Egress, answer: tuple[int, str]
 ) -> None:
@@ -151,14 +151,53 @@ async def test_a_request_past_any_cache_is_answered_anew_but_not_in_a_flood(egre
         assert await body_of(keys, fake) == b"3"
 
 
+async def test_a_try_that_fails_takes_away_no_key_that_is_kept(egress: Egress) -> None:
+    """A stranger names a key that nobody has, while the provider is not well."""
+    clock, said = Clock(), [200]
+    async with listening(lambda _: (said[0], b"key")) as fake:
+        keys = PublishedKeys(egress, monotonic=clock)
+        assert await body_of(keys, fake) == b"key"
+        for status in (500, 403, 404):
+            said[0] = status
+            clock.at += module.FRESH_SECONDS
+            assert await body_of(keys, fake, fresh=True) is None
+            assert [await body_of(keys, fake), await body_of(keys, fake, fresh=True)] == [b"key", None]
+        assert fake.connections == 4
+        clock.at += module.KEPT_SECONDS
+        assert await body_of(keys, fake) is None  # too old to be believed
+        clock.at += module.FRESH_SECONDS
+        said[0] = 200
+        assert await body_of(keys, fake) == b"key"
+
+
+async def test_addresses_that_strangers_make_up_are_not_all_asked_for_and_known_ones_are(egress: Egress) -> None:
+    clock = Clock()
+    async with listening(lambda seen: (200 if seen.path == "/known" else 404, b"key")) as fake:
+        keys = PublishedKeys(egress, monotonic=clock)
+        assert await body_of(keys, fake, "/known") == b"key"
+        for at in range(2 * module.MOST_UNKNOWN):
+            assert await body_of(keys, fake, f"/{at}") is None
+        assert fake.connections == module.MOST_UNKNOWN
+        assert await body_of(keys, fake, "/known") == b"key"
+        clock.at += module.FRESH_SECONDS
+        assert await body_of(keys, fake, "/known", fresh=True) == b"key"
+        assert fake.connections == module.MOST_UNKNOWN + 1
+        clock.at += module.UNKNOWN_SECONDS
+        assert await body_of(keys, fake, "/new") is None
+        assert fake.connections == module.MOST_UNKNOWN + 2
+
+
 async def test_only_so_many_addresses_are_kept(egress: Egress) -> None:
+    clock = Clock()
     async with listening(lambda seen: (200, seen.path.encode())) as fake:
-        keys = PublishedKeys(egress)
+        keys = PublishedKeys(egress, monotonic=clock)
         for at in range(module.MOST_KEPT + 1):
+            clock.at += module.UNKNOWN_SECONDS / module.MOST_UNKNOWN
             assert await body_of(keys, fake, f"/{at}") == b"/%d" % at
         asked = fake.connections
         assert await body_of(keys, fake, f"/{module.MOST_KEPT}") is not None
         assert fake.connections == asked
+        clock.at += module.UNKNOWN_SECONDS
         assert await body_of(keys, fake, "/0") is not None
         assert fake.connections == asked + 1
 
