@@ -29,6 +29,7 @@ MAX_BODY_BYTES: Final = 1_048_576
 DNS_THREADS: Final = 64  # more than one host may have in flight, so that one name server that hangs leaves room
 JSON_TRIES: Final = 3
 USER_AGENT: Final = "credential-broker"
+JSON_KINDS: Final = "application/json, application/jwk-set+json"  # Kubernetes serves keys as nothing but the second
 
 
 class _Slots:
@@ -219,7 +220,7 @@ class Egress:
         200 and for what is not JSON, else as ``send``. Neither media type nor shape is checked.
         """
         deadline = asyncio.get_running_loop().time() + timeout_seconds
-        request = Outgoing("GET", url, {"Accept": "application/json"})
+        request = Outgoing("GET", url, {"Accept": JSON_KINDS})
         tries = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception_type(ProviderUnavailable),
             stop=tenacity.stop_after_attempt(JSON_TRIES) | tenacity.stop_before_delay(timeout_seconds),

@@ -1221,7 +1221,8 @@ def _answer(status: int, body: bytes) -> bytes:
 async def test_a_document_is_fetched_as_json() -> None:
     async with plain(_answer(200, b'{"issuer": "x"}')) as (egress, upstream, origin):
         assert await egress.get_json(f"{origin}/.well-known/openid-configuration") == {"issuer": "x"}
-    assert b"\r\nAccept: application/json\r\n" in upstream.requests[0]
+    # as Kubernetes serves its keys: it answers 406 to who asks for plain JSON alone
+    assert b"\r\nAccept: application/json, application/jwk-set+json\r\n" in upstream.requests[0]
 
 
 async def test_a_document_is_asked_for_again_after_passing_trouble() -> None:
