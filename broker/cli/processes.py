@@ -25,6 +25,8 @@ from broker.telemetry import configure_logging
 from broker.vault.keyring import load_keyring
 from providers import load_catalog
 
+# Longer than load balancers keep an idle connection (60 s is usual): else they send a request into one that was just closed.
+KEEP_ALIVE_SECONDS = 75
 HIDDEN = ("keyring", "admin_key", "database_url", "provider_credentials")
 log = structlog.get_logger()
 
@@ -64,6 +66,7 @@ def serve(
         log_config=None,
         proxy_headers=False,
         server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=settings.grace_seconds,
     )
 

@@ -22,8 +22,8 @@ SHARE: Final = (
 )
 BURST_SECONDS: Final = 3.0
 CALM_SECONDS: Final = 3.0
-# Retry-After. Several, so that those who were refused together do not come back together; not 1, because among many clients that
-# try again soon more is refused than served, and a refusal costs a third of an answer.
+# Retry-After. Several, so that those who were refused together do not come back together; not 1, because of many clients that
+# try again soon more are refused than served, and a refusal costs a third of an answer.
 LATER_SECONDS: Final = (2, 3, 4)
 
 

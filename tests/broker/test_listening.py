@@ -11,7 +11,7 @@ import pytest
 import pytest_asyncio
 import uvicorn
 
-from broker.listening import COUNT_REFUSED, GONE, LOOK_SECONDS, MAX_HEAD_BYTES, RAW_TARGET, BoundedHttp
+from broker.listening import COUNT_REFUSED, GONE, LEAVING, LOOK_SECONDS, MAX_HEAD_BYTES, RAW_TARGET, BoundedHttp
 from tests.flows.rig import reserved_socket
 
 START = b"POST / HTTP/1.1\r\nHost: x\r\n"
@@ -22,6 +22,7 @@ class Hurried(BoundedHttp):
     """The same with little patience."""
 
     head_seconds = 0.3
+    body_seconds = 0.3
 
 
 async def echo(scope: Any, receive: Any, send: Any) -> None:
@@ -532,3 +533,89 @@ async def test_a_status_that_is_nobodys_is_sent_without_a_reason(*, whole: bool)
         heard = await said(port, [get("/a")], patience_seconds=0.2)
     assert heard.startswith(b"HTTP/1.1 999 \r\n")
     assert heard.endswith(b"content-length: 2\r\n\r\nno")
+
+
+# --- bodies that stop coming
+
+
+async def test_a_body_that_stops_coming_ends_its_connection_and_one_that_comes_slowly_does_not() -> None:
+    async with served(Hurried) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(START + b"Content-Length: 6\r\n\r\n")
+        for _ in range(6):
+            await asyncio.sleep(0.15)
+            writer.write(b"x")
+        assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200 ")
+        assert await reader.readexactly(1) == b"6"
+        writer.write(START + b"Content-Length: 6\r\n\r\nxxx")
+        async with asyncio.timeout(5):
+            with contextlib.suppress(ConnectionResetError):
+                assert await reader.read() == b""
+        writer.close()
+
+
+async def test_a_body_that_we_do_not_read_is_waited_for() -> None:
+    reading = asyncio.Event()
+
+    async def late(scope: Any, receive: Any, send: Any) -> None:
+        await reading.wait()
+        await echo(scope, receive, send)
+
+    async with served(Hurried, late) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(START + b"Content-Length: 1000000\r\n\r\n" + b"x" * 999_999)
+        await asyncio.sleep(0.8)
+        reading.set()
+        await asyncio.sleep(0.1)
+        writer.write(b"x")
+        assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200 ")
+        writer.close()
+
+
+# --- a process that is about to end
+
+
+class Leaving:
+    """Says that the process is about to end."""
+
+    begun = False
+
+
+async def test_from_then_on_each_answer_ends_its_connection_and_what_was_sent_is_served() -> None:
+    leaving = Leaving()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "lifespan":
+            await echo(scope, receive, send)
+            return
+        for kind in ("startup", "shutdown"):
+            await receive()
+            scope["state"][LEAVING] = leaving
+            await send({"type": f"lifespan.{kind}.complete"})
+
+    request = START + b"Content-Length: 0\r\n\r\n"
+    async with served(app=app, lifespan="on") as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        other_reader, other_writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(request)
+        assert b"connection: close" not in await reader.readuntil(b"\r\n\r\n")
+        assert await reader.readexactly(1) == b"0"
+        other_writer.write(request[:20])
+        await asyncio.sleep(0.1)
+        leaving.begun = True
+        writer.write(request)
+        heard = await reader.read()
+        assert b"connection: close" in heard
+        assert heard.endswith(b"\r\n\r\n0")
+        writer.close()
+        ending = asyncio.create_task(_rest_of(other_reader, other_writer, request[20:]))
+    assert (await ending).startswith(b"HTTP/1.1 200 ")
+
+
+async def _rest_of(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, rest: bytes) -> bytes:
+    """Send the rest of a request once the server has begun to end; return what comes."""
+    await asyncio.sleep(0.5)
+    writer.write(rest)
+    heard = await reader.read()
+    writer.close()
+    return heard

@@ -40,6 +40,14 @@ ROUTES = {
     *("POST /v1/rotations/{id}/pause", "POST /v1/rotations/{id}/resume"),
     *("POST /v1/revocations", "GET /v1/revocations", "GET /v1/revocations/{id}", "DELETE /v1/revocations/{id}"),
     *("DELETE /v1/subjects/{id}", "POST /v1/integrations/{id}/client-secrets/{id}/promote"),
+    *("GET /v1/webhook-sources", "POST /v1/webhook-sources", "GET /v1/webhook-sources/{id}"),
+    *("PATCH /v1/webhook-sources/{id}", "DELETE /v1/webhook-sources/{id}", "GET /v1/webhook-sources/{id}/rejections"),
+    *("GET /v1/webhook-sources/{id}/secrets", "POST /v1/webhook-sources/{id}/secrets"),
+    *("DELETE /v1/webhook-sources/{id}/secrets/{id}", "GET /v1/subscriptions", "POST /v1/subscriptions"),
+    *("GET /v1/subscriptions/{id}", "PATCH /v1/subscriptions/{id}", "DELETE /v1/subscriptions/{id}"),
+    *("POST /v1/subscriptions/{id}/rotate-secret", "POST /v1/subscriptions/{id}/recover"),
+    *("GET /v1/events", "GET /v1/events/stream", "GET /v1/events/{id}", "POST /v1/events/{id}/replay"),
+    *("GET /v1/deliveries", "GET /v1/deliveries/{id}", "POST /v1/deliveries/{id}/retry", "POST /v1/deliveries/replay"),
 }
 
 
