@@ -120,6 +120,7 @@ from providers.spec import Secret
 
 GARBAGE_THRESHOLD = 20_000
 NAMES_ITSELF = "broker_names_itself"  # in a request's state: the answer has its request id already
+CLIENT_LEFT = "client disconnected prematurely"  # how the framework says so, as an error of the server
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{8,128}")
 DAY_SECONDS = 86_400.0
 # How long at most what a root key made is good; None: for ever, so that key is never retired.
@@ -547,6 +548,8 @@ def translated(error: HTTPException) -> BrokerError:
         return kinds[error.status_code](headers=_allow(error.headers))
     if 400 <= error.status_code < 500:
         return InvalidRequest(errors=_field_errors(error))
+    if error.detail == CLIENT_LEFT:  # nobody reads this answer, but it is counted: as the client's doing
+        return InvalidRequest("the client left in the middle of its request")
     return InternalError()
 
 

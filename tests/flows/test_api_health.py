@@ -303,3 +303,21 @@ async def test_a_start_that_fails_names_the_setting(tmp_path: Path) -> None:
     assert said["type"] == "lifespan.startup.failed"
     assert "BROKER_ADMIN_KEY" in said["message"]
     assert "brk_wrong" not in said["message"]
+
+
+async def test_a_client_that_leaves_in_the_middle_of_its_body_is_no_error_of_ours(shared: Rig) -> None:
+    def counted(status: str) -> float:
+        labels = {"route": "/connect/disconnect", "method": "POST", "status": status}
+        return float(shared.parts.metrics.registry.get_sample_value("broker_http_requests_total", labels) or 0)
+
+    before = counted("4xx"), counted("5xx")
+    host, port = shared.base.removeprefix("http://").split(":")
+    _, writer = await asyncio.open_connection(host, int(port))
+    head = f"POST /connect/disconnect HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Length: 50\r\n"
+    writer.write(f"{head}Content-Type: application/x-www-form-urlencoded\r\n\r\nsession=".encode())
+    await writer.drain()
+    writer.close()
+    async with asyncio.timeout(10):
+        while (counted("4xx"), counted("5xx")) == before:
+            await asyncio.sleep(0.02)
+    assert (counted("4xx"), counted("5xx")) == (before[0] + 1, before[1])
