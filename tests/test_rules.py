@@ -468,6 +468,8 @@ def test_a_pin_without_a_hash_is_refused() -> None:
 
 
 def test_npm_locks_hold_integrity_and_no_address() -> None:
-    found = [path for path in ROOT.rglob("package-lock.json") if not {"node_modules", ".venv", ".cache"} & set(path.parts)]
+    found = [
+        path for path in ROOT.rglob("package-lock.json") if not {"node_modules", ".venv", ".cache"} & set(path.parts)
+    ]
     packages = [(name, one) for path in found for name, one in json.loads(path.read_text())["packages"].items() if name]
     assert [name for name, one in packages if "resolved" in one or "integrity" not in one] == []

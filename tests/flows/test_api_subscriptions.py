@@ -57,6 +57,7 @@ async def vault_owners(rig: Rig) -> set[str]:
 
 async def queued(rig: Rig, subscription_id: str, *states: str) -> None:
     """Put deliveries in these states into the queue."""
+
     def row(state: str) -> dict[str, Any]:
         given = {"id": unused("dlv_"), "subscription_id": subscription_id, "event_id": "evt_1", "number": 1}
         kept = {"state": state, "due_at": time.time() + 3600, "attempts": 0, "replay": False, "tries": []}
