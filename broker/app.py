@@ -440,7 +440,8 @@ def _done_page(pages: Pages) -> Callable[[Outcome], Response[str]]:
             confirm_code=outcome.confirm_code.reveal() if outcome.confirm_code is not None else None,
             missing_scopes=outcome.missing_scopes,
         )
-        return Response(body, media_type=MediaType.HTML, headers=pages.security_headers())
+        # the route itself says 303, which is what most flows end with
+        return Response(body, status_code=200, media_type=MediaType.HTML, headers=pages.security_headers())
 
     return show
 

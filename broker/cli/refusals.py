@@ -10,7 +10,8 @@ from providers.spec import Step
 WHY: Final[Mapping[Step, str]] = {
     "method_refused": "The provider posts its events; this request has another method and is no handshake.",
     "url_malformed": "The address of the request has letters that no address has, so it cannot take part in what is signed.",
-    "body_malformed": "The body is not what the scheme has to read in it, JSON or a form, or it is what a handshake asks for.",
+    "body_malformed": "The body is not what the scheme has to read in it, JSON or a form; or it is what a handshake asks for; "
+    "or it has more values than are read before anything is proven (1,000 fields of a form, 20,000 commas in JSON).",
     "body_not_signed": "The signature covers a form or a hash of the body, and the body is neither, so nothing proves it.",
     "body_mismatch": "The hash of the body is another one than the address names: the body was changed on the way.",
     "challenge_malformed": "It asks for the answer of a handshake, and what is to be answered is missing or of another form.",
