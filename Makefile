@@ -56,8 +56,11 @@ dev-environment:
 demo: runtime-environment
 	@$(BIN)/broker demo
 
+# The campaigns of tests/crash need the machine for themselves: a thousand refreshes at once, beside others, take too long.
 test: dev-environment
-	$(PYTEST) -n auto --dist worksteal -m "not real" --ignore tests/real --cov --cov-report term $(TEST)
+	$(PYTEST) -n auto --dist worksteal -m "not real" --ignore tests/real --ignore tests/crash \
+		--cov --cov-report= --cov-fail-under 0 $(TEST)
+	$(PYTEST) -m "not real" tests/crash --cov --cov-append --cov-report term $(TEST) $(if $(TEST),|| [ $$? -eq 5 ])
 
 vault: dev-environment
 	@$(BIN)/python .ci/vault/build.py

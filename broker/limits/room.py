@@ -20,7 +20,7 @@ from broker.errors import Overloaded
 SHARE: Final = (
     2  # who has twice as many places as are free gets no more: alone two thirds of all, among many an even part
 )
-BURST_SECONDS: Final = 3.0
+BURST_SECONDS: Final = 15.0
 CALM_SECONDS: Final = 3.0
 # Retry-After. Several, so that those who were refused together do not come back together; not 1, because of many clients that
 # try again soon more are refused than served, and a refusal costs a third of an answer.

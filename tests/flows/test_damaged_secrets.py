@@ -20,6 +20,7 @@ from broker.vault.sealed_places import PLACES
 from tests.fakes import listening
 from tests.flows.api_calls import check_problem
 from tests.flows.rig import Rig, open_rig
+from tests.flows.webhook_senders import PUSH, github_fields, new_source, post
 
 SECRETS: sa.Table = SealedSecret.__table__  # type: ignore[attr-defined]
 CONNECTIONS: sa.Table = Connection.__table__  # type: ignore[attr-defined]
@@ -150,6 +151,8 @@ async def test_every_writer_seals_for_what_the_list_of_places_says(tmp_path: Pat
         connection = await rig.connected()  # leaves an outcome
         await rig.begin(rig.browser())  # leaves a verifier
         await device_flow(rig)
+        source = await new_source(rig, config={"seal": True})
+        assert (await post(rig, f"/webhooks/{source}", github_fields(PUSH), PUSH)).status == 202
         assert (await rig.token(connection["id"])).status_code == 200  # it is in memory from now on
         await tamper(rig, sa.text("ALTER TABLE sealed_secrets RENAME TO away"))
         await rig.token(connection["id"], force_refresh=True)  # leaves a journalled answer that cannot be stored

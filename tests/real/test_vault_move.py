@@ -24,6 +24,7 @@ from broker.settings import Settings
 from broker.vault import Vault, open_server, open_store, open_vault
 from broker.vault.moving import Move, MovingVault
 from broker.vault.sealed_rows import SealedRows
+from broker.vault.timed import TimedVault
 from tests.broker.vault.test_moving import KEYRING, filled, name, opened_rows, quiet, renamed
 from tests.broker.vault.vault_contract import CONTRACT, an_owner
 from tests.commands import broker, running
@@ -267,5 +268,6 @@ async def test_every_replica_hands_out_every_renewed_token_at_every_stage(
 
 def both_vault(replica: Replica) -> MovingVault:
     vault: Any = replica.parts.vault
-    assert isinstance(vault._vault, MovingVault)
-    return vault._vault
+    assert isinstance(vault._vault, TimedVault)
+    assert isinstance(vault._vault._vault, MovingVault)
+    return vault._vault._vault
