@@ -86,7 +86,7 @@ def test_a_refusal_says_when_to_come_again() -> None:
 
 def test_a_burst_is_let_in_and_what_lasts_is_not() -> None:
     clock = Clock()
-    room = Room(1000, 10, monotonic=clock)
+    room = Room(1000, 10, burst_seconds=3.0, monotonic=clock)
     with contextlib.ExitStack() as stack:
         assert held(stack, room, "a", 100) == 100
         clock.at = 2.9
