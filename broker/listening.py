@@ -41,6 +41,15 @@ LOOK_SECONDS: Final = 1.0
 _GONE_EVENTS: Final = getattr(select, "POLLRDHUP", 0)  # beside an error and the end of both ways, which always tell
 
 
+def raw_target(scope: Any) -> bytes:  # noqa: ANN401 - ASGI's own shape
+    """Return the request target byte for byte; put together where the server does not tell it."""
+    raw = scope.get(RAW_TARGET)
+    if raw is not None:
+        return bytes(raw)
+    query = scope["query_string"]
+    return bytes(scope["raw_path"] + (b"?" + query if query else b""))
+
+
 class WholeAnswers(RequestResponseCycle):
     """Writes an answer that comes with its whole body at once, with one write and one look at its fields: 8 µs less.
 

@@ -31,7 +31,7 @@ from broker.errors import (
     problem_of,
 )
 from broker.limits.room import SHARE
-from broker.listening import CUT, GONE, RAW_TARGET
+from broker.listening import CUT, GONE, raw_target
 from broker.proxy.answering import BODY, START, Limits, Passed, ReaderStalled, Send, own_fields, pass_on
 from broker.proxy.fields import Rewriter
 from broker.proxy.forward import IDLE_SECONDS, Forwarding
@@ -156,7 +156,7 @@ class ProxyRoute:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        raw, hosted = _raw_target(scope), self._is_hosted(scope)
+        raw, hosted = raw_target(scope), self._is_hosted(scope)
         if not hosted and not raw.startswith(PREFIX):
             await self._app(scope, receive, send)
             return
@@ -471,15 +471,6 @@ def _require_method(method: str) -> None:
     """Raise MethodNotAllowed for what is no method, or none of an origin server's."""
     if method in NO_METHODS or METHOD.fullmatch(method) is None:
         raise MethodNotAllowed
-
-
-def _raw_target(scope: Any) -> bytes:  # noqa: ANN401
-    """Return the request target byte for byte; put together where the server does not tell it."""
-    raw = scope.get(RAW_TARGET)
-    if raw is not None:
-        return bytes(raw)
-    query = scope["query_string"]
-    return bytes(scope["raw_path"] + (b"?" + query if query else b""))
 
 
 def _framing(headers: Sequence[tuple[bytes, bytes]]) -> tuple[int | None, bool]:

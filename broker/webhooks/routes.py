@@ -31,7 +31,7 @@ from broker.errors import (
     problem_of,
 )
 from broker.limits import client_address, limited_as
-from broker.listening import RAW_TARGET
+from broker.listening import raw_target
 from broker.settings import Network, Settings
 from broker.telemetry import Metrics
 from broker.webhooks.configured import Source
@@ -157,7 +157,7 @@ class WebhookRoute:
         """Serve one request."""
         found = None
         if scope["type"] == "http" and scope["path"].startswith(PREFIX):
-            found = TARGET.fullmatch(_raw_target(scope))
+            found = TARGET.fullmatch(raw_target(scope))
         if found is None:
             await self._app(scope, receive, send)
             return
@@ -314,15 +314,6 @@ class _Request:
 
 def _address(peer: str, forwarded_for: str | None, *, trusted: Sequence[Network]) -> str:
     return limited_as(client_address(peer, forwarded_for, trusted))
-
-
-def _raw_target(scope: Any) -> bytes:  # noqa: ANN401
-    """Return the request target byte for byte; put together where the server does not tell it."""
-    raw = scope.get(RAW_TARGET)
-    if raw is not None:
-        return bytes(raw)
-    query = scope["query_string"]
-    return bytes(scope["raw_path"] + (b"?" + query if query else b""))
 
 
 # --- Answers: pure.
