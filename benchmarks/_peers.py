@@ -15,6 +15,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import _shipped
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 LOCK = HERE / "peers" / "requirements.lock"
@@ -33,6 +35,7 @@ def main() -> int:
         _python_packages()
         for name in DEBIAN:
             _from_debian(name)
+        _shipped.main()
         _run("go", "build", "-trimpath", "-o", WIRE, ".", place=HERE / "wire")
     except (subprocess.CalledProcessError, FileNotFoundError) as error:
         print(f"the peers of the benchmark could not be made ready: {error}", file=sys.stderr)
@@ -44,6 +47,14 @@ def debian(name: str) -> Path:
     """Return where a program of ``DEBIAN`` is, or will be."""
     installed = shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin")
     return Path(installed) if installed else CACHE / DEBIAN[name]
+
+
+def mitmdump() -> list[str]:
+    """Return the beginning of mitmproxy's command line, on the Python that the broker is measured on."""
+    if _shipped.python() == sys.executable:
+        return [str(MITMDUMP)]
+    start = f"import sys; sys.path.insert(0, {str(_shipped.PEERS)!r}); from mitmproxy.tools.main import mitmdump; mitmdump()"
+    return [_shipped.python(), "-c", start]
 
 
 def _python_packages() -> None:

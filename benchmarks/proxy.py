@@ -29,8 +29,9 @@ from typing import Any
 
 import sqlalchemy as sa
 from _fill import ADMIN
-from _peers import ENVOY, MITMDUMP, WIRE, debian
+from _peers import ENVOY, WIRE, debian, mitmdump
 from _servers import HERE, LOAD_CORE, Server, free_port, running, stay_on_load_core
+from _shipped import described, python
 from sqlmodel import Session
 
 from broker.app import open_parts
@@ -203,7 +204,7 @@ def nginx_proxy(place: Path, far: Server) -> Iterator[Proxy]:
 def mitmproxy(place: Path, far: Server) -> Iterator[Proxy]:
     """Run mitmproxy in front of the API with an add-on that sets the header."""
     flags = ["-q", "--set", "flow_detail=0", "--set", f"confdir={place}", "-s", str(PEERS / "mitmproxy_header.py")]
-    command = [str(MITMDUMP), "--mode", f"reverse:http://127.0.0.1:{far.port}", "--listen-host", "127.0.0.1"]
+    command = [*mitmdump(), "--mode", f"reverse:http://127.0.0.1:{far.port}", "--listen-host", "127.0.0.1"]
     with running([*command, "--listen-port", "{port}", *flags], "/counters") as server:
         yield Proxy("mitmproxy", server, peer_heads, place)
 
@@ -226,7 +227,7 @@ def broker(place: Path, far: Server) -> Iterator[tuple[Proxy, str]]:
     def heads(method: str, path: str) -> list[str]:
         return [request(method, f"/proxy/{one}{path}/{name}", f"Bearer {key}") for one, name in known]
 
-    command = [sys.executable, str(HERE / "_serve_in_development.py"), "serve", "--port", "{port}", "--no-worker"]
+    command = [python(), str(HERE / "_serve_in_development.py"), "serve", "--port", "{port}", "--no-worker"]
     with running(command, "/health/ready", {**environment, "PYTHONPATH": str(HERE.parent)}) as server:
         yield Proxy("the broker", server, heads, place), environment["BROKER_DATABASE_URL"]
 
@@ -369,6 +370,7 @@ def measured() -> tuple[dict[str, float], float]:
 
 def main() -> None:
     """Run everything; print the table, what was missed, and the JSON line."""
+    print(f"Python: {described()}", flush=True)
     stay_on_load_core()
     started = time.monotonic()
     ratios, grown = measured()

@@ -42,6 +42,7 @@ from _servers import (
     running,
     stay_on_load_core,
 )
+from _shipped import described, python
 from sqlmodel import Session
 
 from broker.callers import mint_key
@@ -132,7 +133,7 @@ class Ours:
     @contextlib.contextmanager
     def _worker(self) -> Iterator[Server]:
         process = subprocess.Popen(  # noqa: S603 - our own command
-            [sys.executable, IN_DEVELOPMENT, "worker"],
+            [python(), IN_DEVELOPMENT, "worker"],
             env={"PATH": os.environ["PATH"], **self.environment},
             stderr=subprocess.DEVNULL,
             preexec_fn=lambda: os.sched_setaffinity(0, {SERVER_CORE}),  # noqa: PLW1509 - this process has one thread
@@ -208,7 +209,7 @@ def broker(name: str, place: Path, database_url: str) -> Iterator[Ours]:
         "BROKER_WEBHOOKS_PER_MINUTE": "10000000",
         "PYTHONPATH": str(HERE.parent),
     }
-    command = [sys.executable, IN_DEVELOPMENT, "serve", "--port", "{port}", "--no-worker"]
+    command = [python(), IN_DEVELOPMENT, "serve", "--port", "{port}", "--no-worker"]
     with running(command, "/health/ready", environment) as server, contextlib.ExitStack() as stack:
         port = free_port()
         secret = secrets.token_urlsafe(32)
@@ -335,6 +336,7 @@ def measured() -> dict[str, float]:
 
 def main() -> None:
     """Run everything; print the table, what was missed, and the JSON line."""
+    print(f"Python: {described()}", flush=True)
     stay_on_load_core()
     started = time.monotonic()
     ratios = measured()

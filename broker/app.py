@@ -7,9 +7,6 @@ import contextlib
 import functools
 import gc
 import json
-import random
-import re
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,7 +22,7 @@ from litestar.openapi import OpenAPIConfig
 from litestar.openapi.plugins import JsonRenderPlugin
 from litestar.openapi.spec import Components, SecurityScheme
 from litestar.routes import HTTPRoute
-from litestar.types import ASGIApp, Message, Receive, Scope, Send
+from litestar.types import Receive, Scope, Send
 
 import broker.api.activity
 import broker.api.audit
@@ -46,6 +43,7 @@ import broker.api.webhook_keys
 import broker.api.webhook_sources
 import broker.callers.routes
 import broker.oauth.routes
+import broker.web.console.routes
 import broker.web.routes
 from broker import __version__
 from broker.activity import sweep as sweep_activity
@@ -71,6 +69,7 @@ from broker.client_secrets import Canaries
 from broker.connections import Connections
 from broker.credentials import Credentials
 from broker.database import Database, PostgresDatabase, SqliteDatabase, open_database
+from broker.edge import Edge, Lanes
 from broker.egress import Egress
 from broker.errors import (
     BrokerError,
@@ -90,7 +89,7 @@ from broker.health import cached_readiness
 from broker.integrations import Integrations
 from broker.limits import AddressLimiter, Room, client_address, limited_as
 from broker.limits.doors import MOST_BUSY, MOST_REQUESTS, Doors
-from broker.listening import COUNT_REFUSED, LEAVING
+from broker.listening import COUNT_REFUSED, LEAVING, Lane
 from broker.oauth.confirm import Confirmations
 from broker.oauth.device import DeviceFlows
 from broker.oauth.flow import Flows, Outcome
@@ -105,13 +104,14 @@ from broker.rotation.system import SystemKeyClass
 from broker.sessions import Sessions
 from broker.settings import Settings, SettingsError, load_settings
 from broker.stopping import NOT_READY, Stopping
-from broker.telemetry import Metrics, access_line, configure_logging, new_metrics, render
-from broker.tracing import trace_context
+from broker.telemetry import Metrics, configure_logging, new_metrics, render
+from broker.tracing.logs import sending_logs
 from broker.vault import Store, open_server, open_vault, open_wrapping
 from broker.vault.cache import CachedVault
 from broker.vault.keyring import Sealer, Wrapping, open_sealer
 from broker.vault.system_keys import SystemKeys
 from broker.vault.timed import TimedVault
+from broker.web.console.sessions import ConsoleSessions
 from broker.web.pages import Pages
 from broker.webhooks.opening import Given, WebhookParts, open_webhooks
 from broker.worker import Job, Worker
@@ -119,14 +119,18 @@ from providers import load_catalog
 from providers.spec import Secret
 
 GARBAGE_THRESHOLD = 20_000
-NAMES_ITSELF = "broker_names_itself"  # in a request's state: the answer has its request id already
 CLIENT_LEFT = "client disconnected prematurely"  # how the framework says so, as an error of the server
-REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{8,128}")
 DAY_SECONDS = 86_400.0
 # How long at most what a root key made is good; None: for ever, so that key is never retired.
 LIVES = {"webhook-signing": DAY_SECONDS, "jwt-signing": LONGEST_SECONDS, "session": DAY_SECONDS, "audit": None}
-BROWSER_PATHS = ("/oauth/", "/connect")
-BROWSER_RATES = {"start": "120/minute", "callback": "240/minute", "connect": "240/minute"}
+BROWSER_PATHS = ("/oauth/", "/connect", "/console")
+BROWSER_RATES = {
+    "start": "120/minute",
+    "callback": "240/minute",
+    "connect": "240/minute",
+    "console": "240/minute",
+    "console_log_in": "10/minute",
+}
 log = structlog.get_logger()
 
 
@@ -163,10 +167,12 @@ class Parts:
 
 
 @contextlib.asynccontextmanager
-async def open_parts(settings: Settings, *, confirm_seconds: float = CONFIRM_SECONDS) -> AsyncIterator[Parts]:
+async def open_parts(
+    settings: Settings, *, confirm_seconds: float = CONFIRM_SECONDS, counters: Metrics | None = None
+) -> AsyncIterator[Parts]:
     """Open everything in order, and close it in reverse: refreshes finish, leases go back, the audit is flushed.
 
-    ``confirm_seconds``: see ``Credentials``.
+    ``confirm_seconds``: see ``Credentials``. ``counters``: what counts, where something counted before.
     Raises SettingsError for a wrong setting (a key that is missing or differs too), DatabaseUnavailable.
     """
     async with contextlib.AsyncExitStack() as stack:
@@ -178,7 +184,7 @@ async def open_parts(settings: Settings, *, confirm_seconds: float = CONFIRM_SEC
         stack.push_async_callback(database.aclose)
         await database.migrate()
         sealer = await open_sealer(database, keyring)
-        counters = new_metrics()
+        counters = counters or new_metrics()
         store = TimedVault(await open_vault(settings, database, sealer, server), counters.vault_answer)
         vault = CachedVault(store, seconds=settings.secret_cache_seconds)
         audit = await open_audit(database, sealer, settings, on_failure=counters.audit_failure, vault=vault)
@@ -188,9 +194,8 @@ async def open_parts(settings: Settings, *, confirm_seconds: float = CONFIRM_SEC
         stack.push_async_callback(egress.aclose)
         replicas = Replicas(database, sealer, keyring, on_revocation=(vault.clear,))
         root_keys = await _root_keys(database, sealer, replicas, audit)
-        signing = root_keys["jwt-signing"]
-        opening = open_callers(settings, database, sealer, signing, audit, egress, counters)
-        callers = await stack.enter_async_context(opening)
+        of_callers = (settings, database, sealer, root_keys["jwt-signing"], audit, egress, counters)
+        callers = await stack.enter_async_context(open_callers(*of_callers))
         replicas.watch(callers.row_keys)
         of_keys = (sealer, vault, keyring, replicas, root_keys)
         of_all = (settings, database, audit, egress, counters)
@@ -305,7 +310,7 @@ def _revocations(
 # The application
 
 
-def create_app(parts: Parts, *, room: Room | None = None) -> ASGIApp:
+def create_app(parts: Parts, *, room: Room | None = None) -> Edge:
     """Return the application over opened parts: routes of the configured groups behind ``Edge``. ``room``: that of ``/v1``."""
     handlers: list[Any] = [live, ready]
     readiness = cached_readiness(parts.database, parts.vault, parts.audit)
@@ -316,13 +321,15 @@ def create_app(parts: Parts, *, room: Room | None = None) -> ASGIApp:
     if "private" in groups:
         handlers += [_private_routes(parts, room), broker.api.token_exchange.routes()]
     if "admin" in groups:
-        handlers.append(metrics)
+        handlers += [metrics, broker.web.console.routes.routes()]
+        handlers += [broker.web.routes.asset] if "public" not in groups else []
     app = Litestar(
         handlers,
         dependencies={
             **{name: Provide(_giver(getattr(parts, name))) for name in _NAMES},
             **{name: Provide(_giver(getattr(parts.webhooks, name))) for name in _OF_WEBHOOKS},
             "done_page": Provide(_giver(_done_page(parts.pages))),
+            "console_sessions": Provide(_giver(_console_sessions(parts))),
             "activity": Provide(_giver(parts.proxy.activity if parts.proxy is not None else None)),
         },
         exception_handlers={
@@ -336,11 +343,16 @@ def create_app(parts: Parts, *, room: Room | None = None) -> ASGIApp:
         request_max_body_size=MAX_BODY_BYTES,
     )
     _let_options_name_all_methods(app)
-    served: Any = ExpressLane(app, parts.callers, room)
-    served = served if parts.proxy is None else parts.proxy.before(served)
-    served = parts.webhooks.taking_in.before(served) if "public" in groups else served
-    served = Doors(served, room, functools.partial(_address_of, settings=parts.settings), _refusing(parts.pages))
-    return Edge(served, parts.metrics)
+    express = ExpressLane(app, parts.callers, room)
+    proxy = parts.proxy.before(express) if parts.proxy is not None else None
+    webhooks = parts.webhooks.taking_in.before(proxy or express) if "public" in groups else None
+    refuse, served = _refusing(parts.pages), webhooks or proxy or express
+    doors = Doors(served, room, functools.partial(_address_of, settings=parts.settings), refuse)
+    return Edge(doors, parts.metrics, Lanes(express, proxy, webhooks), refuse)
+
+
+def _console_sessions(parts: Parts) -> ConsoleSessions:
+    return ConsoleSessions(parts.database, parts.audit, parts.callers, parts.session_keys)
 
 
 def _let_options_name_all_methods(app: Litestar) -> None:
@@ -575,66 +587,6 @@ def _answer_defect(request: Request[Any, Any, Any], error: Exception) -> Respons
     return _answer_error(request, InternalError())
 
 
-# The edge
-
-
-class Edge:
-    """What every request passes first and last: request id, log line, metrics."""
-
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
-        """Wrap the application."""
-        self._app = app
-        self._metrics = metrics
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one connection."""
-        if scope["type"] != "http":  # type: ignore[comparison-overlap] # the framework's enumeration is of strings
-            await self._app(scope, receive, send)
-            return
-        request_id = _request_id(scope)
-        started, status = time.monotonic(), 500
-        scope.setdefault("state", {})["request_id"] = request_id
-
-        async def send_with_id(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            if message["type"] == "http.response.start" and NAMES_ITSELF not in scope["state"]:
-                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
-            await send(message)
-
-        trace_id = _trace_id(scope)
-        named = {"request_id": request_id} if trace_id is None else {"request_id": request_id, "trace_id": trace_id}
-        bound = structlog.contextvars.bind_contextvars(**named)
-        try:
-            await self._app(scope, receive, send_with_id)
-        finally:
-            self._note(scope, status, time.monotonic() - started, named)
-            structlog.contextvars.reset_contextvars(**bound)
-
-    def _note(self, scope: Scope, status: int, seconds: float, named: Mapping[str, str]) -> None:
-        """Write the access log line and count: the route's template and no query, because URLs carry codes."""
-        template = str(scope.get("path_template") or "unknown")
-        method = str(scope.get("method"))
-        self._metrics.http_request(template, method, status, seconds)
-        access_line(method, template, status, seconds, named["request_id"], trace_id=named.get("trace_id"))
-
-
-def _trace_id(scope: Scope) -> str | None:
-    """Return the trace that a well-formed ``traceparent`` says the request belongs to: 32 hexadecimal digits, or None."""
-    if not any(name == b"traceparent" for name, _ in scope["headers"]):
-        return None
-    context = trace_context(scope["headers"])
-    return None if context is None else context.parent[3:35].decode("ascii")
-
-
-def _request_id(scope: Scope) -> str:
-    for name, value in scope["headers"]:
-        if name == b"x-request-id" and REQUEST_ID.fullmatch(text := value.decode("latin-1")):
-            return text
-    return f"req_{random.getrandbits(104):026x}"  # no secret: it has to be another one, and cheap
-
-
 # A process
 
 
@@ -646,7 +598,7 @@ class Served:
         self._settings = settings
         self._with_worker = with_worker
         self._stack = contextlib.AsyncExitStack()
-        self._app: ASGIApp | None = None
+        self._app: Edge | None = None
         self._stopping = Stopping(settings.effective_drain_seconds)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -655,6 +607,10 @@ class Served:
             await self._live(scope, receive, send)
         elif self._app is not None:
             await self._app(scope, receive, send)
+
+    def lane(self, method: bytes, target: bytes, fields: Sequence[tuple[bytes, bytes]]) -> Lane | None:
+        """See ``Edge.lane``."""
+        return None if self._app is None else self._app.lane(method, target, fields)
 
     async def _live(self, scope: Any, receive: Any, send: Any) -> None:  # noqa: ANN401 - the types leave lifespan out
         await receive()
@@ -665,6 +621,7 @@ class Served:
             state[LEAVING] = self._stopping
         except (SettingsError, BrokerError) as error:
             log.critical("start.failed", why=str(error))
+            await self._stack.aclose()
             await send({"type": "lifespan.startup.failed", "message": str(error)})
             return
         await send({"type": "lifespan.startup.complete"})
@@ -673,7 +630,9 @@ class Served:
         await send({"type": "lifespan.shutdown.complete"})
 
     async def _open(self) -> Parts:
-        parts = await self._stack.enter_async_context(open_parts(self._settings))
+        counters = new_metrics()
+        await self._stack.enter_async_context(sending_logs(self._settings, counters.log_lines_lost))  # ends last
+        parts = await self._stack.enter_async_context(open_parts(self._settings, counters=counters))
         await self._stack.enter_async_context(parts.replicas.beating("serve"))
         if self._with_worker:
             await self._stack.enter_async_context(running_worker(parts))

@@ -151,6 +151,16 @@ class BrowserSession(SQLModel, table=True):
     expires_at: float = _time(nullable=False, index=True)
 
 
+class ConsoleSession(SQLModel, table=True):
+    """Somebody is logged in at the operators' console, until ``expires_at``; who that is stands in the signed cookie."""
+
+    __tablename__ = "console_sessions"
+
+    id: str = Field(primary_key=True)
+    created_at: float = _time(nullable=False)
+    expires_at: float = _time(nullable=False, index=True)
+
+
 class Flow(SQLModel, table=True):
     """One authorization-code flow of one browser, from start to confirm.
 

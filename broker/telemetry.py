@@ -9,14 +9,17 @@ text is ours say it. Libraries that log through the standard ``logging`` module 
 from __future__ import annotations
 
 import asyncio
+import bisect
+import contextlib
 import functools
+import itertools
 import logging
 import math
 import re
 import sys
 import threading
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
 from enum import Enum
@@ -28,6 +31,9 @@ from uuid import UUID
 
 import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 from structlog.types import EventDict, Processor, WrappedLogger
 
 from broker.errors import BrokerError, all_codes
@@ -215,6 +221,13 @@ class _Lines:
         self._stream = stream
         self._lock = threading.Lock()
         self._later: list[str] = []
+        self.taker: Callable[[Mapping[str, Any]], None] | None = None  # gets the fields too: see ``lines_taken``
+
+    def tell(self, _logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+        """Structlog's processor after the hiding. A copy, because those that follow change it."""
+        if self.taker is not None:
+            self.taker(dict(event))
+        return event
 
     def msg(self, line: str) -> None:
         with self._lock:
@@ -295,6 +308,10 @@ def access_line(
         shown_id = request_id if OWN_REQUEST_ID.fullmatch(request_id) else masked(request_id)
         trace = "" if trace_id is None else f'"trace_id": "{trace_id}", '
         at = datetime.now(UTC).isoformat(timespec="microseconds")[:-6]
+        if output.lines.taker is not None:
+            of_trace = {} if trace_id is None else {"trace_id": trace_id}
+            of_line = {"request_id": shown_id, **of_trace, "event": "http", "level": "info", "at": f"{at}Z"}
+            output.lines.taker({"method": method, "route": route, "status": status, "ms": ms, **of_line})
         output.lines.soon(
             f'{{"method": "{method}", "route": "{route}", "status": {status}, "ms": {ms}, '
             f'"request_id": "{shown_id}", {trace}"event": "http", "level": "info", "at": "{at}Z"}}'
@@ -314,7 +331,7 @@ def configure_logging(settings: Settings, *, quiet: bool = False, stream: TextIO
         structlog.processors.TimeStamper(fmt="iso", utc=True, key="at"),
     ]
     renderers = _renderers(settings, stream or sys.stderr)
-    last: list[Processor] = [_tell_exception, _hide, *renderers]
+    last: list[Processor] = [_tell_exception, _hide, lines.tell, *renderers]
     structlog.configure(
         processors=[*first, *last],
         wrapper_class=structlog.make_filtering_bound_logger(level),
@@ -322,6 +339,22 @@ def configure_logging(settings: Settings, *, quiet: bool = False, stream: TextIO
         cache_logger_on_first_use=False,
     )
     _route_standard_library(lines, [*first, _tell_foreign], last, level)
+
+
+@contextlib.contextmanager
+def lines_taken(take: Callable[[Mapping[str, Any]], None]) -> Iterator[None]:
+    """Give the fields of each line to ``take`` too while the block runs, with what is hidden in the line hidden.
+
+    It is called before the line is written, in the thread that logs, perhaps in several at once: it neither waits, raises
+    nor logs. Of the logging that is configured when the block begins; where that is none of ours it gets nothing.
+    """
+    output = structlog.get_config()["logger_factory"]
+    lines = output.lines if isinstance(output, _Output) else _Lines(sys.stderr)
+    lines.taker = take
+    try:
+        yield
+    finally:
+        lines.taker = None
 
 
 def _renderers(settings: Settings, stream: TextIO) -> list[Processor]:
@@ -372,8 +405,7 @@ class Metrics:
     """What this process counts. Labels come from closed sets (templates, catalog names, our codes), never from input."""
 
     registry: CollectorRegistry
-    http_requests: Counter
-    http_seconds: Histogram
+    requests: Requests
     refreshes: Counter
     handouts: Counter
     refreshes_due: Gauge
@@ -399,18 +431,13 @@ class Metrics:
     audit_copies_failing: Gauge
     vault_seconds: Histogram
     vault_failures: Counter
+    log_lines_unsent: Counter
     _known: dict[tuple[str, ...], Any] = field(default_factory=dict, repr=False)  # finding a label's child costs 2 µs
 
     def http_request(self, route: str, method: str, status: int, seconds: float) -> None:
         """Count a request by its route's template, and how long it took. Methods that we do not know are one."""
         method = method if method in METHODS else "other"
-        labels = (route, method, f"{status // 100}xx")
-        known = self._known.get(labels)
-        if known is None:
-            known = (self.http_requests.labels(*labels), self.http_seconds.labels(route, method))
-            self._known[labels] = known
-        known[0].inc()
-        known[1].observe(seconds)
+        self.requests.note(route, method, status // 100, seconds)
 
     def refresh_outcome(self, provider: str, outcome: str) -> None:
         """Count a refresh that was sent: ``ok`` or what became of it."""
@@ -502,9 +529,53 @@ class Metrics:
         if not available:
             self.vault_failures.labels(operation).inc()
 
+    def log_lines_lost(self, why: str, count: int) -> None:
+        """Count log lines that did not reach the collector: ``queue_full`` or ``not_taken``."""
+        self.log_lines_unsent.labels(why).inc(count)
+
     def caller_key_ends(self, ends_at: float | None) -> None:
         """Show when the next live caller key ends, seconds since 1970; infinity for never."""
         self.caller_key_end.set(math.inf if ends_at is None else ends_at)
+
+
+class Requests(Collector):
+    """Counts answered requests in maps of its own, which are read when metrics are: a tenth of the library's counting.
+
+    Its names and labels are as bounded as who calls ``note`` makes them. The event loop's thread only.
+    """
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        """Begin at zero, and be read with the others of ``registry``."""
+        self._counts: dict[tuple[str, str, int], int] = {}
+        self._buckets: dict[tuple[str, str], list[int]] = {}
+        self._seconds: dict[tuple[str, str], float] = {}
+        registry.register(self)
+
+    def note(self, route: str, method: str, hundred: int, seconds: float) -> None:
+        """Count a request that was answered with a status of this hundred, after so many seconds."""
+        kind, place = (route, method, hundred), (route, method)
+        buckets = self._buckets.get(place)
+        if buckets is None:
+            buckets = self._buckets[place] = [0] * (len(BUCKETS_SECONDS) + 1)
+            self._seconds[place] = 0.0
+        buckets[bisect.bisect_left(BUCKETS_SECONDS, seconds)] += 1
+        self._seconds[place] += seconds
+        self._counts[kind] = self._counts.get(kind, 0) + 1
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield what was counted (the library calls this)."""
+        counts = CounterMetricFamily("broker_http_requests", "Requests answered", labels=("route", "method", "status"))
+        for (route, method, hundred), count in self._counts.items():
+            counts.add_metric((route, method, f"{hundred}xx"), count)
+        yield counts
+        times = HistogramMetricFamily(
+            "broker_http_request_seconds", "Time until the answer was complete", labels=("route", "method")
+        )
+        for place, found in self._buckets.items():
+            sums = list(itertools.accumulate(found))
+            ends = [*map(floatToGoString, BUCKETS_SECONDS), "+Inf"]
+            times.add_metric(place, list(zip(ends, sums, strict=True)), self._seconds[place])
+        yield times
 
 
 def new_metrics(registry: CollectorRegistry | None = None) -> Metrics:
@@ -515,15 +586,7 @@ def new_metrics(registry: CollectorRegistry | None = None) -> Metrics:
     gauge = functools.partial(Gauge, namespace="broker", registry=registry)
     return Metrics(
         registry=registry,
-        http_requests=counter("http_requests", "Requests answered", ("route", "method", "status")),
-        http_seconds=Histogram(
-            "http_request_seconds",
-            "Time until the answer was complete",
-            ("route", "method"),
-            namespace="broker",
-            buckets=BUCKETS_SECONDS,
-            registry=registry,
-        ),
+        requests=Requests(registry),
         refreshes=counter("refreshes", "Refreshes by what became of them", ("provider", "outcome")),
         refreshes_due=gauge("refreshes_due", "Connections in use that wait for a refresh", ("provider",)),
         refresh_late_seconds=gauge(
@@ -534,6 +597,7 @@ def new_metrics(registry: CollectorRegistry | None = None) -> Metrics:
         flows=counter("flows", "Browser flows by how they ended", ("provider", "outcome")),
         caller_rows_forged=counter("caller_rows_forged", "Looks at a caller's row that the broker did not write"),
         rate_store_failures=counter("rate_store_failures", "Questions about shared rates that Redis did not answer"),
+        log_lines_unsent=counter("log_lines_unsent", "Log lines that did not reach the collector", ("why",)),
         **_webhook_metrics(registry),
         **_standing_metrics(registry),
         caller_key_end=gauge(

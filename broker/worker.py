@@ -15,7 +15,15 @@ from broker.background_refresh import BackgroundRefresh
 from broker.credentials import Credentials
 from broker.database import Database, now
 from broker.errors import BrokerError
-from broker.models import BrowserSession, Connection, DeviceFlow, Flow, IdempotentAnswer, IntegrationLog
+from broker.models import (
+    BrowserSession,
+    Connection,
+    ConsoleSession,
+    DeviceFlow,
+    Flow,
+    IdempotentAnswer,
+    IntegrationLog,
+)
 from broker.oauth.confirm import Confirmations
 from broker.oauth.device import DeviceFlows
 
@@ -121,6 +129,7 @@ class Worker:
             session.execute(sa.delete(Flow).where(col(Flow.expires_at) < at - DAY_SECONDS, ~pending))
             session.execute(sa.delete(DeviceFlow).where(col(DeviceFlow.expires_at) < at - DAY_SECONDS))
             session.execute(sa.delete(BrowserSession).where(col(BrowserSession.expires_at) < at - DAY_SECONDS))
+            session.execute(sa.delete(ConsoleSession).where(col(ConsoleSession.expires_at) < at))
             session.execute(sa.delete(IdempotentAnswer).where(col(IdempotentAnswer.created_at) < at - DAY_SECONDS))
             session.execute(sa.delete(IntegrationLog).where(col(IntegrationLog.at) < at - 7 * DAY_SECONDS))
 

@@ -91,6 +91,7 @@ def _event(provider: str, webhook: Webhook, received: Received, keys: SourceKeys
         signed_digest=None if webhook.repeats else proof.signed_digest,
         signed_at=proof.signed_at,
         fresh=proof.signed_at is not None and tolerance is not None,
+        body=body,
     )
 
 

@@ -718,7 +718,8 @@ class Verified:
 
     ``covers``: what is signed; all else may be anybody's. ``signed_digest``: see ``Proof``; where ``signed_at`` was not
     judged (``fresh`` is False) it is what tells a replay. None: nothing does, beside a ``delivery_id`` that may be forged.
-    ``delivery_id`` and ``event_type`` are the provider's words.
+    ``delivery_id`` and ``event_type`` are the provider's words. ``body``: as it was read for that (a
+    ``webhook_places.Body``), for who reads on; None: not read.
     """
 
     event_type: str
@@ -730,6 +731,7 @@ class Verified:
     signed_digest: bytes | None = field(repr=False)
     signed_at: float | None
     fresh: bool
+    body: Any = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

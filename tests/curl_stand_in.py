@@ -1,4 +1,4 @@
-"""Does what the quickstart asks of curl, for machines that have none: `make test` needs nothing but Python and make."""
+"""Does what the pages ask of curl, for machines that have none: `make test` needs nothing but Python and make."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from urllib.parse import urlsplit
+from urllib.parse import quote_plus, urlsplit
 
 HTTP_ERROR, NO_CONNECTION, WRONG_USE = 22, 7, 2  # curl's own numbers
 
@@ -34,20 +34,28 @@ def main() -> int:
 
 def _asked() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    for flag in ("--silent", "--show-error", "--fail", "--fail-with-body", "--retry-connrefused"):
+    parser.add_argument("-s", "--silent", action="store_true")
+    for flag in ("--show-error", "--fail", "--fail-with-body", "--retry-connrefused"):
         parser.add_argument(flag, action="store_true")
     parser.add_argument("--retry", type=int, default=0)
     parser.add_argument("--retry-delay", type=float, default=1)
     parser.add_argument("-X", dest="method")
     parser.add_argument("-H", dest="headers", action="append", default=[])
-    parser.add_argument("-d", dest="body")
+    parser.add_argument("-d", dest="parts", action="append", default=[])
+    parser.add_argument("--data-urlencode", dest="parts", action="append", type=_encoded)
     parser.add_argument("url")
     return parser.parse_args()
 
 
+def _encoded(field: str) -> str:
+    """Return `name=value` with the value percent-encoded."""
+    name, _, value = field.partition("=")
+    return f"{name}={quote_plus(value)}"
+
+
 def _sent(asked: argparse.Namespace) -> tuple[int, bytes]:
     """Return status and body; OSError when nobody is there."""
-    body = asked.body.encode() if asked.body is not None else None
+    body = "&".join(asked.parts).encode() if asked.parts else None
     method = asked.method or ("GET" if body is None else "POST")
     request = urllib.request.Request(asked.url, body, method=method)  # noqa: S310 - loopback, checked above
     for header in asked.headers:

@@ -23,6 +23,7 @@ import typer
 from litestar import Router
 
 import broker.oauth.routes
+import broker.web.console.routes
 import broker.web.routes
 from broker.app import create_app, open_parts
 from broker.cli import main
@@ -78,7 +79,8 @@ def _served_document() -> dict[str, Any]:
 
 def _browser_routes() -> set[str]:
     """Return what the browser's routers serve, also what the document leaves out. HEAD and OPTIONS go without saying."""
-    routers: list[Router] = [broker.oauth.routes.routes(), broker.web.routes.routes()]
+    browser = (broker.oauth.routes, broker.web.routes, broker.web.console.routes)
+    routers: list[Router] = [one.routes() for one in browser]
     return {
         f"{method} {re.sub(r':[a-z]+}', '}', path)}"
         for router in routers
@@ -240,6 +242,77 @@ def test_the_readme_names_the_two_commands_that_ci_takes_from_it() -> None:
     readme = (ROOT / "README.md").read_text("utf-8")
     (block, *_) = re.findall(r"^```sh\n(.*?)^```$", readme, re.MULTILINE | re.DOTALL)
     assert re.findall(r"^make ([a-z-]+)", block, re.MULTILINE) == ["demo", "test"]
+
+
+# Shell commands: who runs them. An ```sh block is walked through whole; in a ```console block each command stands by itself.
+
+WALKED = {  # page -> the file that runs all its ```sh blocks
+    "README.md": ".ci/fresh_check.py",
+    "docs/backup-and-restore.md": "tests/test_operating_guides.py",
+    "docs/callers.md": "tests/test_single_commands.py",
+    "docs/console.md": "tests/test_single_commands.py",
+    "docs/deploy-docker.md": "tests/real/test_image.py",
+    "docs/deploy-kubernetes.md": "tests/kubernetes/test_guide.py",
+    "docs/disasters.md": "tests/test_operating_guides.py",
+    "docs/quickstart.md": "tests/test_quickstart.py",
+    "docs/runbooks.md": "tests/kubernetes/test_guide.py",
+    "docs/vault.md": "tests/real/test_vault_guide.py",
+    "docs/webhooks.md": "tests/test_webhooks_guide.py",
+}
+SINGLE = {  # how a command begins -> the file that runs it, and what in that file shows it
+    "make demo": (".ci/fresh_check.py", "make demo"),
+    "sh compose/make-secrets.sh": ("tests/real/test_compose.py", "deploy-docker.md"),
+    "curl --fail http://127.0.0.1:8000/health/ready": ("tests/real/test_compose.py", "deploy-docker.md"),
+    "docker compose exec": ("tests/real/test_compose.py", "deploy-docker.md"),
+    "broker webhooks listen": ("tests/broker/cli/test_webhooks_commands.py", "webhooks.md"),
+    "python -c 'import base64, secrets;": ("tests/test_single_commands.py", "quickstart.md"),
+    "chmod 600 keyring": ("tests/test_single_commands.py", "quickstart.md"),
+    "export BROKER_KEYRING_FILE": ("tests/test_single_commands.py", "quickstart.md"),
+}
+NOT_RUN = {  # how a command begins -> why nothing runs it
+    "docker compose up": "needs Docker's engine and upstream images; test_compose.py brings up the same model without them",
+    "cd credential-broker": "goes to the reader's own copy of this tree",
+    'export PATH="$PWD/.venv/bin:$PATH"': "the walk of the page has `broker` on its path already",
+    "export GITHUB_CLIENT_ID": "needs an OAuth app at GitHub",
+    "broker serve": "with that app; without it the walk of the page runs it",
+    "broker integrations test github": "asks GitHub about that app",
+    "CAME_BACK=": "is what a person's browser shows after GitHub's page",
+}
+PROGRAMS = r"(?:\$ |(?:broker|curl|docker|git|helm|kubectl|make|pip|psql|python3?|sh|vault) )"
+
+
+def _fences(path: Path) -> list[tuple[str, str]]:
+    """Return a page's fenced blocks, each with its language, however far it is indented."""
+    found = re.findall(r"^ *```([^`\n]*)\n(.*?)^ *```$", path.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    return [(language, re.sub(r"^ +(?=\$ )", "", text, flags=re.MULTILINE)) for language, text in found]
+
+
+def test_every_page_with_shell_blocks_is_walked_through_by_a_test() -> None:
+    with_blocks = {path for path in DOCS if any(language == "sh" for language, _ in _fences(path))}
+    assert {path.relative_to(ROOT).as_posix() for path in with_blocks} == set(WALKED)
+    for page, runner in WALKED.items():
+        code = (ROOT / runner).read_text("utf-8")
+        assert re.search(rf"\b{re.escape(Path(page).stem)}\b", code), f"{runner} does not name {page}"
+        assert re.search(r"\b(walk|readme_commands)\b", code), f"{runner} runs no blocks"
+        assert "```sh" in code, f"{runner} does not take the blocks from the page"
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_a_shell_command_stands_only_where_a_test_finds_it(path: Path) -> None:
+    indented = re.findall(r"^ +```sh$", path.read_text("utf-8"), re.MULTILINE)
+    elsewhere = [text for language, text in _fences(path) if language not in {"sh", "console", "python"}]
+    assert indented == []
+    assert [line for text in elsewhere for line in text.splitlines() if re.match(PROGRAMS, line)] == []
+
+
+def test_every_single_command_is_run_or_has_a_reason_why_not() -> None:
+    texts = [text for path in DOCS for language, text in _fences(path) if language == "console"]
+    commands = [line[2:] for text in texts for line in text.splitlines() if line.startswith("$ ")]
+    known = {**SINGLE, **NOT_RUN}
+    assert [one for one in commands if not one.startswith(tuple(known))] == []
+    assert [one for one in known if not any(command.startswith(one) for command in commands)] == []
+    for runner, mark in SINGLE.values():
+        assert mark in (ROOT / runner).read_text("utf-8"), f"{runner} does not run what stands with {mark}"
 
 
 def _layers() -> list[set[str]]:

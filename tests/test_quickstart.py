@@ -209,18 +209,22 @@ def test_the_stand_in_for_curl_sends_what_curl_sends(curl: list[str], tmp_path: 
             0,
             '{"said": true}',
         )
+        form = ("-d", "a=1 2", "--data-urlencode", 'b=[{"c":"d:*~é"}]', "-d", "e=f")
+        assert call("-s", *form, f"{base}/form")[0] == 0
         assert call("--fail", "--retry", "3", "--retry-delay", "1", "--retry-connrefused", f"{base}/g")[0] == 0
         assert call("--fail", f"{base}/missing") == (22, "")
         assert call("--fail-with-body", "-X", "DELETE", f"{base}/missing") == (22, '{"said": true}')
         server.shutdown()
     assert [(one["method"], one["path"], one["body"]) for one in OneRecorder.seen] == [
         ("POST", "/p", '{"a": 1}'),
+        ("POST", "/form", "a=1 2&b=%5B%7B%22c%22%3A%22d%3A%2A~%C3%A9%22%7D%5D&e=f"),
         ("GET", "/g", ""),
         ("GET", "/missing", ""),
         ("DELETE", "/missing", ""),
     ]
     assert OneRecorder.seen[0]["authorization"] == "Bearer x"
     assert OneRecorder.seen[0]["content-type"] == "application/json"
+    assert OneRecorder.seen[1]["content-type"] == "application/x-www-form-urlencoded"
 
 
 @pytest.mark.parametrize("curl", curls(), ids=lambda curl: Path(curl[-1]).name)

@@ -62,6 +62,8 @@ REVEALS: dict[str, str] = {
     "broker.vault.hashicorp.adapter": "sends its token to Vault",
     "broker.vault.hashicorp.login": "sends the secret id, or the service account's token, to Vault",
     "broker.vault.keyring": "reads the key-encryption keys from the settings",
+    "broker.web.console.routes": "sets the cookie of a session of the console",
+    "broker.web.console.sessions": "checks the form of a caller key",
     "broker.webhooks.known_sources": "has the settings of a source checked by its provider's file",
     "broker.webhooks.opening": "hands the address of Redis to the limits",
     "broker.webhooks.secrets": "writes webhook secrets to the vault, and their keyed digest to the row",

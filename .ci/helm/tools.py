@@ -1,10 +1,10 @@
 """Builds the real parts that judge the chart: `python .ci/helm/tools.py helm|kubernetes [--where]`.
 
-Standard library and Go only. `helm` is Helm 3, three minutes on two cores. `kubernetes` is kube-apiserver, ten minutes, and
-etcd, which is unpacked from Debian's package. The sources come from the Go module proxy, by the hashes in the `go.sum` of
-`.ci/<tool>/`. What is made lies in `.cache/<tool>/<version>/`, so a new version is built anew and everything else takes what is
-there; `make clean` removes it. Safe to start twice at once (the second waits). `--where` prints the binary's path and builds
-nothing. Go's own settings (`GOPROXY`, `GOMODCACHE` …) reach Go untouched.
+Standard library and Go only. `helm` is Helm 3, three minutes on two cores. `kubernetes` is kube-apiserver, ten minutes, with
+etcd and kubectl, which are unpacked from Debian's packages where they are not installed. Sources come from the Go module proxy,
+by the hashes in the `go.sum` of `.ci/<tool>/`. What is made lies in `.cache/<tool>/<version>/`, so a new version is built anew
+and everything else takes what is there; `make clean` removes it. Safe to start twice at once (the second waits). `--where`
+prints the binary's path and builds nothing. Go's own settings (`GOPROXY`, `GOMODCACHE` …) reach Go untouched.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+UNPACKED = {"etcd": "etcd-server", "kubectl": "kubernetes-client"}  # Debian's package of each program
 KUBERNETES_MINOR = "36"  # what Helm takes a cluster to be when it is not told
 
 
@@ -90,7 +91,10 @@ def main(arguments: list[str]) -> int:
     with (tool.binary.parent / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         status = 0 if tool.binary.exists() else _build(tool)
-        return status or (_unpack_etcd() if tool.name == "kubernetes" else 0)
+        if status == 0 and tool.name == "kubernetes":
+            for program, package in UNPACKED.items():
+                _unpack(program, package)
+        return status
 
 
 def _build(tool: Tool) -> int:
@@ -111,24 +115,23 @@ def _build(tool: Tool) -> int:
     return 0
 
 
-def etcd() -> Path:
-    """Return where etcd is, or will be: the installed one, else Debian's package, unpacked."""
-    installed = shutil.which("etcd")
-    return Path(installed) if installed else ROOT / ".cache" / "etcd" / "usr" / "bin" / "etcd"
+def unpacked(program: str) -> Path:
+    """Return where one of ``UNPACKED`` is, or will be: the installed one, else Debian's package, unpacked."""
+    installed = shutil.which(program)
+    return Path(installed) if installed else ROOT / ".cache" / program / "usr" / "bin" / program
 
 
-def _unpack_etcd() -> int:
-    place = ROOT / ".cache" / "etcd"
-    if etcd().exists():
-        return 0
+def _unpack(program: str, package: str) -> None:
+    place = ROOT / ".cache" / program
+    if unpacked(program).exists():
+        return
     place.mkdir(parents=True, exist_ok=True)
-    download = ("apt-get", "-qq", "download", "etcd-server")
+    download = ("apt-get", "-qq", "download", package)
     if subprocess.run(download, cwd=place, check=False).returncode != 0:  # noqa: S603 - no lists of packages, or old ones
         subprocess.run(("apt-get", "-qq", "update"), check=True)  # noqa: S607 - Debian's own
         subprocess.run(download, cwd=place, check=True)  # noqa: S603 - it stands above
-    for package in place.glob("*.deb"):
-        subprocess.run(("dpkg", "-x", package, place), check=True)  # noqa: S603, S607 - what apt brought
-    return 0
+    for found in place.glob("*.deb"):
+        subprocess.run(("dpkg", "-x", found, place), check=True)  # noqa: S603, S607 - what apt brought
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Builds the container image where there is no Docker engine: `python .ci/image/engine.py build`, `… podman ARGUMENTS`.
 
-`build` makes `localhost/broker:dev` from the Dockerfile; `podman …` runs Podman where that image is; `clean` removes all of
-it. Needs root, Debian's package index (buildah, podman, runc and mmdebstrap are unpacked into `.cache/image`, nothing is
-installed), a package index for pip, and Go for the parser of compose files. Standard library only. The first time takes four
-minutes.
+`build` makes `localhost/broker:dev` from the Dockerfile, `base` only the files that it stands on; `podman …` runs Podman where
+that image is; `clean` removes all of it. Needs root, Debian's package index (buildah, podman, runc and mmdebstrap are unpacked
+into `.cache/image`, nothing is installed), a package index for pip, and Go for the parser of compose files. Standard library
+only. The first time takes four minutes.
 
 The upstream base image is out of reach of a machine that has package registries alone. The base is therefore a stand-in, made
 of Debian's packages: same release, same minor version of Python. So what is proven is the Dockerfile, not the upstream image.
@@ -29,6 +29,7 @@ TOOLS = CACHE / "tools"
 CONFIG = CACHE / "config"
 VENV = CACHE / "venv"
 COMPOSE = "github.com/compose-spec/compose-go/v2/cmd"
+FILES = CACHE / "base.tar"
 IMAGE = "localhost/broker:dev"
 BASE = "localhost/stand-in:python3-trixie"
 PACKAGES = (
@@ -44,8 +45,8 @@ def main(arguments: list[str]) -> int:
     """Do what is asked for; return 0, or the status of what failed."""
     if arguments[:1] == ["podman"]:
         os.execve(TOOLS / "usr/bin/podman", ["podman", *arguments[1:]], _environment())  # noqa: S606 - no shell is wanted
-    if arguments not in (["build"], ["clean"]):
-        print("usage: python .ci/image/engine.py build | clean | podman ARGUMENTS", file=sys.stderr)
+    if arguments not in (["build"], ["base"], ["clean"]):
+        print("usage: python .ci/image/engine.py build | base | clean | podman ARGUMENTS", file=sys.stderr)
         return 2
     if arguments == ["clean"]:
         return _clean()
@@ -55,6 +56,9 @@ def main(arguments: list[str]) -> int:
         try:
             _bring_python_tools()
             _bring_tools()
+            _make_base_files()
+            if arguments == ["base"]:
+                return 0
             _bring_compose()
             _write_config()
             _make_base()
@@ -165,18 +169,22 @@ def _environment() -> Mapping[str, str]:
 # The image
 
 
-def _make_base() -> None:
-    """Make the stand-in for the base image, once."""
-    if subprocess.run(["podman", "image", "exists", BASE], env=_environment(), check=False).returncode == 0:  # noqa: S603, S607 - ours
+def _make_base_files() -> None:
+    """Make the files of the stand-in for the base image, once."""
+    if FILES.exists():
         return
     print("Making a stand-in for the base image from Debian's packages (a minute, once) …", flush=True)
-    files = CACHE / "base.tar"
-    if not files.exists():
-        draft = files.with_suffix(".new.tar")
-        included = f"--include={','.join(IN_BASE)}"
-        _run("mmdebstrap", "--quiet", "--variant=minbase", included, "trixie", draft, ours=True)
-        draft.replace(files)
-    _run("podman", "import", "--quiet", files, BASE, ours=True)
+    draft = FILES.with_suffix(".new.tar")
+    included = f"--include={','.join(IN_BASE)}"
+    _run("mmdebstrap", "--quiet", "--variant=minbase", included, "trixie", draft, ours=True)
+    draft.replace(FILES)
+
+
+def _make_base() -> None:
+    """Make an image of them, once."""
+    if subprocess.run(["podman", "image", "exists", BASE], env=_environment(), check=False).returncode == 0:  # noqa: S603, S607 - ours
+        return
+    _run("podman", "import", "--quiet", FILES, BASE, ours=True)
 
 
 def _build() -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
 OUTCOMES = frozenset({"ok", "denied", "intent", "failed"})
 DEEPEST_DETAIL = 16
+_SIMPLE = frozenset({str, bool, type(None)})
 
 _UNSTORABLE = re.compile(r"[\x00\ud800-\udfff]")
 _ACTION = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*")
@@ -45,13 +46,32 @@ class Entry:
             raise ValueError("an audit action is dotted lower case")
         if self.outcome not in OUTCOMES:
             raise ValueError("an audit outcome is ok, denied, intent or failed")
-        _plain_text(self.actor)
-        for text in (self.connection_id, self.integration, self.subject):
-            if text is not None:
-                _plain_text(text)
+        texts = [self.actor, *filter(None, (self.connection_id, self.integration, self.subject))]
+        if _is_flat(self.detail) and _are_plain([*texts, *self.detail, *filter(_is_text, self.detail.values())]):
+            object.__setattr__(self, "detail", dict(self.detail))  # nearly all: a third of the time of looking at each
+            return
+        for text in texts:
+            _plain_text(text)
         if not isinstance(self.detail, dict | Mapping):
             raise ValueError("an audit detail is a map")  # noqa: TRY004 - one kind of refusal for one kind of mistake
         object.__setattr__(self, "detail", _plain(self.detail, DEEPEST_DETAIL))
+
+
+def _is_flat(detail: object) -> bool:
+    return type(detail) is dict and all(type(value) in _SIMPLE for value in detail.values())
+
+
+def _is_text(value: object) -> bool:
+    return type(value) is str
+
+
+def _are_plain(texts: Sequence[Any]) -> bool:
+    """Whether all of these are texts of ASCII without NUL, found out at once; False may be wrong."""
+    try:
+        together = "".join(texts)
+    except TypeError:
+        return False
+    return together.isascii() and "\x00" not in together
 
 
 def _plain(value: object, depth: int) -> Any:  # noqa: ANN401 - JSON is any shape

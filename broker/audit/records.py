@@ -120,7 +120,7 @@ def _linked(keys: KeySet, entries: Sequence[Entry], count: int, chain: str, at: 
     rows: list[dict[str, Any]] = []
     for number, (record_id, entry) in enumerate(zip(ids, entries, strict=True), count + 1):
         row = _row(number, record_id, entry, at, keys)
-        row["chain"] = chain = keys.current.link(chain, row)
+        row["chain"] = chain = keys.current.link_own(chain, row)
         rows.append(row)
     return rows
 

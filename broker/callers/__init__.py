@@ -189,6 +189,16 @@ class Callers:
         """Return what a caller may do now, whoever asks; None when it is gone, expired, or has no live key any more."""
         return self._standing.of(session, caller_id)
 
+    async def holder(self, key_id: str) -> Principal:
+        """Return whose key this is, looked up anew; it was shown before, and only its id is known now (Unauthenticated)."""
+        found = await self._database.read(lambda session: self._standing.holder(session, key_id))
+        if found is None:
+            raise Unauthenticated
+        principal, use_is_stale = found
+        if use_is_stale:
+            self._note_use(key_id)
+        return principal
+
     def is_genuine(self, row: Row) -> bool:
         """Return whether a holder of the keyring wrote this row."""
         return self._rows.is_genuine(row)

@@ -48,8 +48,13 @@ class Standing:
         if found is None:
             return None
         key, caller = found
-        unmarked = key.last_used_at is None or moment - key.last_used_at >= LAST_USED_SECONDS
-        return principal_of(caller, key_id=key.id), unmarked
+        return principal_of(caller, key_id=key.id), _is_stale(key, moment)
+
+    def holder(self, session: Session, key_id: str) -> tuple[Principal, bool] | None:
+        """Do what ``by_key`` does for a key that was shown before, and is not shown again: only its id is known."""
+        moment = now(session)
+        found = self._live(session, key_id, None, moment)
+        return None if found is None else (principal_of(found[1], key_id=key_id), _is_stale(found[0], moment))
 
     def _live(
         self, session: Session, key_id: str, key_digest: str | None, moment: float
@@ -142,6 +147,10 @@ def _readable(stored: Iterable[Mapping[str, Any]]) -> Iterator[Grant]:
     for raw in stored:
         with contextlib.suppress(InvalidRequest):
             yield from parse_grants([raw])
+
+
+def _is_stale(key: CallerKey, moment: float) -> bool:
+    return key.last_used_at is None or moment - key.last_used_at >= LAST_USED_SECONDS
 
 
 def is_live(key: CallerKey, moment: float) -> bool:

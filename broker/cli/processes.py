@@ -21,7 +21,8 @@ from broker.egress import Egress
 from broker.integrations import parse_file
 from broker.listening import BoundedHttp
 from broker.settings import Settings, SettingsError, load_settings
-from broker.telemetry import configure_logging
+from broker.telemetry import configure_logging, new_metrics
+from broker.tracing.logs import sending_logs
 from broker.vault.keyring import load_keyring
 from providers import load_catalog
 
@@ -105,8 +106,13 @@ def worker() -> None:
     settings = _started()
 
     async def run() -> None:
-        stop = _stop_event()
-        async with open_parts(settings) as parts, parts.replicas.beating("worker"), running_worker(parts):
+        stop, counters = _stop_event(), new_metrics()
+        async with (
+            sending_logs(settings, counters.log_lines_lost),
+            open_parts(settings, counters=counters) as parts,
+            parts.replicas.beating("worker"),
+            running_worker(parts),
+        ):
             log.info("worker.started")
             await stop.wait()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -131,7 +132,7 @@ def held_from(row: Standing, value: Mapping[str, Any]) -> Held:
         refreshable=row.refreshable,
         refreshed_at=row.refreshed_at,
         not_before_at=row.refresh_not_before_at,
-        jitter=int(sha256_hex(row.id)[:6], 16) / 0x1000000,
+        jitter=zlib.crc32(row.id.encode()) / 0x1_0000_0000,
         has_token=bool(token),
     )
 

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import compress
 from typing import Final
 from urllib.parse import urljoin, urlsplit
 
@@ -57,6 +58,7 @@ _REFERENCE: Final = re.compile(rb"[!-\[\]-~]*")
 _SCHEME: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 MOST_TIMEOUT_MS: Final = 600_000
 MOST_LINKS: Final = 100
+USUAL_FIELDS: Final = 40
 MOST_LINK_BYTES: Final = 65_536
 
 
@@ -188,6 +190,9 @@ def answer_fields(headers: Iterable[tuple[bytes, bytes]], *, rewrite: Callable[[
     given = [(name.lower(), value) for name, value in headers]
     if _BAD_ANSWER_VALUE.search(b"".join([value for _, value in given])):
         raise UpstreamInvalid("The provider's answer has a malformed field")
+    names = tuple([name for name, _ in given])
+    if len(names) <= USUAL_FIELDS and (plain := _plain_answer(names)) is not None:
+        return tuple(compress(given, plain))
     unwanted = nominated(given)
     links = _Links(rewrite)
     kept = []
@@ -203,6 +208,14 @@ def answer_fields(headers: Iterable[tuple[bytes, bytes]], *, rewrite: Callable[[
         if pointing is not None:
             kept.append((name, pointing))
     return tuple(kept)
+
+
+@lru_cache(maxsize=512)  # answers of an API have the same fields, in the same order
+def _plain_answer(names: tuple[bytes, ...]) -> tuple[bool, ...] | None:
+    """Return which of these fields go on; None where that depends on values too, or somebody has names like no other."""
+    if any(len(name) > 64 or name in _DECIDED_BY_VALUE for name in names):
+        return None
+    return tuple(_known_answer_name(name) for name in names)
 
 
 def _may_return(name: bytes) -> bool:
@@ -266,6 +279,7 @@ def _refresh(value: bytes, rewrite: Callable[[bytes], bytes | None]) -> bytes | 
 
 
 _WITH_URLS: Final = {b"location": _location, b"content-location": _location, b"refresh": _refresh}
+_DECIDED_BY_VALUE: Final = frozenset({b"link", b"connection", *_WITH_URLS})
 
 
 class Rewriter:

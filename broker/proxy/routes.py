@@ -31,7 +31,7 @@ from broker.errors import (
     problem_of,
 )
 from broker.limits.room import SHARE
-from broker.listening import CUT, GONE, raw_target
+from broker.listening import CUT, GONE, NAMES_ITSELF, raw_target
 from broker.proxy.answering import BODY, START, Limits, Passed, ReaderStalled, Send, own_fields, pass_on
 from broker.proxy.fields import Rewriter
 from broker.proxy.forward import IDLE_SECONDS, Forwarding
@@ -156,25 +156,24 @@ class ProxyRoute:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        raw, hosted = raw_target(scope), self._is_hosted(scope)
+        raw, hosted = raw_target(scope), self.is_hosted(scope["headers"])
         if not hosted and not raw.startswith(PREFIX):
             await self._app(scope, receive, send)
             return
         scope["path_template"] = TEMPLATE
-        scope["state"]["broker_names_itself"] = True  # the upstream's X-Request-Id passes; ours has another name here
+        scope["state"][NAMES_ITSELF] = True  # the upstream's X-Request-Id passes; ours has another name here
         self._running += 1
         try:
             await _Exchange(self, scope, receive, send, raw, hosted=hosted).serve()
         finally:
             self._running -= 1
 
-    def _is_hosted(self, scope: Any) -> bool:  # noqa: ANN401
+    def is_hosted(self, fields: Sequence[tuple[bytes, bytes]]) -> bool:
+        """Whether the Host field of a request names a connection."""
         if self._proxy_domain is None:
             return False
         suffix = b"." + self._proxy_domain.encode()
-        return any(
-            name == b"host" and value.partition(b":")[0].lower().endswith(suffix) for name, value in scope["headers"]
-        )
+        return any(name == b"host" and value.partition(b":")[0].lower().endswith(suffix) for name, value in fields)
 
     # What an exchange needs
 
@@ -283,6 +282,7 @@ class _Exchange:
         self._caller_id = ""
         self._gone: list[Callable[[], None]] | None = scope.get(GONE)
         self._call: Underway | None = None
+        self._rewriter: Rewriter | None = None
         self._interruption = Interruption()
         self._watching: asyncio.Task[None] | None = None
         self._following: contextlib.AbstractContextManager[None] | None = None
@@ -370,11 +370,17 @@ class _Exchange:
             method=call.inbound.method,
             own=own,
             forms=loan_of(call).forms,
-            rewrite=self._route.rewriter(call, hosted=self._hosted),
+            rewrite=self._rewritten,
             limits=Limits(IDLE_SECONDS, self._route.most_bytes),
             send=self._send,
             passed=self._passed,
         )
+
+    def _rewritten(self, url: bytes) -> bytes | None:
+        """Return our URL for one in the answer; few answers have one."""
+        if self._rewriter is None and self._call is not None:
+            self._rewriter = self._route.rewriter(self._call, hosted=self._hosted)
+        return None if self._rewriter is None else self._rewriter(url)
 
     # A client that leaves, a connection that is stopped
 

@@ -7,12 +7,10 @@ from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 from broker.settings import Settings
+from broker.tracing.collector import wanted
 from broker.tracing.context import Fields, TraceContext, Value, trace_context
 
 __all__ = ["Span", "TraceContext", "Tracing", "trace_context"]
-
-ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
-OTLP = frozenset({"otlp", "otlp_proto_http"})
 
 
 class Span(Protocol):
@@ -61,14 +59,8 @@ class _Passing:
 _NO_TRACE = _Passing(())
 
 
-def _wanted(environ: Mapping[str, str]) -> bool:
-    exporters = {name.strip().lower() for name in environ.get("OTEL_TRACES_EXPORTER", "").split(",")} - {""}
-    off = environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true"
-    return any(environ.get(name) for name in ENDPOINTS) and not off and (not exporters or bool(exporters & OTLP))
-
-
 class Tracing:
-    """Makes spans where the environment names an OTLP collector (``ENDPOINTS``), else objects that only pass on.
+    """Makes spans where the environment names an OTLP collector for them, else objects that only pass on.
 
     The other standard ``OTEL_`` variables count too; an ``OTEL_TRACES_EXPORTER`` without ``otlp`` sends nothing. Spans are
     sent by a thread of the SDK's, over HTTP with protobuf; a collector that is slow or away costs spans, never a request.
@@ -80,7 +72,7 @@ class Tracing:
         """Load the SDK only when it is wanted: it costs half a second and 20 MB."""
         environ = os.environ if environ is None else environ
         self._opener: _Opener | None = None
-        if _wanted(environ):
+        if wanted(environ, "TRACES"):
             from broker.tracing.exporting import Exporting  # noqa: PLC0415 - see above
 
             self._opener = Exporting(settings, environ)

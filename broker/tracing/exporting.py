@@ -16,6 +16,7 @@ from opentelemetry.trace import NonRecordingSpan, SpanContext, SpanKind, Status,
 from broker import __version__
 from broker.settings import Settings
 from broker.telemetry import METHODS
+from broker.tracing.collector import about
 from broker.tracing.context import Fields, TraceContext, Value
 
 CLOSE_SECONDS = 5.0
@@ -27,10 +28,8 @@ class Exporting:
 
     def __init__(self, settings: Settings, environ: Mapping[str, str]) -> None:
         """Start the SDK; its exporter reads the standard variables itself."""
-        named = "OTEL_SERVICE_NAME" in environ or "service.name=" in environ.get("OTEL_RESOURCE_ATTRIBUTES", "")
-        service = {} if named else {"service.name": "broker"}
-        about = {**service, "service.version": __version__, "deployment.environment.name": settings.env}
-        self._provider = TracerProvider(resource=Resource.create(about), shutdown_on_exit=False)
+        resource = Resource.create(dict(about(settings, environ)))
+        self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
         self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
         self._tracer = self._provider.get_tracer("broker", __version__)
 

@@ -8,18 +8,22 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import msgspec
 import sqlalchemy as sa
 
 from broker.vault import Store
 
-LARGEST = 10_000
-_SCALARS = frozenset({str, int, float, bool, type(None)})
+MOST_BYTES = 20 * 1024**2  # of values, with what Python needs to hold each
+ENTRY_BYTES = 350
+MOST_GONE = 10_000
+_encode = msgspec.json.Encoder().encode
+_decode = msgspec.json.Decoder(dict[str, Any]).decode
 
 
 class _Opened(NamedTuple):
     until: float
     version: int
-    value: dict[str, Any]
+    value: bytes  # as JSON: smaller than a map, and reading it is cheaper than copying that
 
 
 class CachedVault:
@@ -27,7 +31,7 @@ class CachedVault:
 
     A version never changes its value, so an entry cannot be wrong, only too long alive: sealing or losing the store, or a
     destroy in another process, takes effect after ``seconds``. A destroy in this process takes effect at once, also on
-    reads that are under way. Memory holds ``LARGEST`` owners. What is returned is the caller's own copy.
+    reads that are under way. Memory holds ``MOST_BYTES``, the newest. What is returned is the caller's own copy.
     """
 
     def __init__(self, vault: Store, *, seconds: float, timer: Callable[[], float] = time.monotonic) -> None:
@@ -38,6 +42,7 @@ class CachedVault:
         # In the order in which they are over: all live equally long. The first of a plain dict, whose first ones are taken
         # out again and again, is found by walking over all the gaps.
         self._opened: OrderedDict[str, _Opened] = OrderedDict()
+        self._bytes = 0
         # Destroyed here lately, and up to which version what was read ahead of them counts no more.
         self._gone: OrderedDict[str, float] = OrderedDict()
         self._destroyed = 0  # counts; a read that began before the last one does not keep what it found
@@ -72,24 +77,30 @@ class CachedVault:
         """See ``Vault``. The newest version is always asked for; an exact one may come from memory."""
         known = None if version is None else self._known(owner, version)
         if version is not None and known is not None:
-            return version, _copied(known.value)
+            return version, _decode(known.value)
         before = self._destroyed
         gone = version is not None and version <= self._gone.get(owner, 0)
         found, value = await self._vault.get(owner, version, sealed=None if gone else sealed)
         if self._seconds > 0 and before == self._destroyed:
-            self._keep(owner, found, _copied(value))
+            self._keep(owner, found, _encode(value))
         return found, value
 
     def _known(self, owner: str, version: int) -> _Opened | None:
         known = self._opened.get(owner)
         return known if known is not None and known.version == version and self._timer() < known.until else None
 
-    def _keep(self, owner: str, version: int, value: dict[str, Any]) -> None:
+    def _keep(self, owner: str, version: int, value: bytes) -> None:
         at = self._timer()
-        self._opened.pop(owner, None)
+        self._let_go(owner)
         self._opened[owner] = _Opened(at + self._seconds, version, value)
-        while len(self._opened) > LARGEST or next(iter(self._opened.values())).until <= at:
-            self._opened.popitem(last=False)
+        self._bytes += ENTRY_BYTES + len(value)
+        while self._opened and (self._bytes > MOST_BYTES or next(iter(self._opened.values())).until <= at):
+            self._let_go(next(iter(self._opened)))
+
+    def _let_go(self, owner: str) -> None:
+        known = self._opened.pop(owner, None)
+        if known is not None:
+            self._bytes -= ENTRY_BYTES + len(known.value)
 
     async def destroy(self, owner: str) -> None:
         """See ``Vault``."""
@@ -102,17 +113,18 @@ class CachedVault:
     def _lose(self, owner: str) -> None:
         self._drop(owner)
         self._gone[owner] = math.inf
-        if len(self._gone) > LARGEST:
+        if len(self._gone) > MOST_GONE:
             self._gone.popitem(last=False)
 
     def _drop(self, owner: str) -> None:
         self._destroyed += 1
-        self._opened.pop(owner, None)
+        self._let_go(owner)
 
     def clear(self) -> None:
         """Drop everything at once; reads that are under way keep nothing of what they find."""
         self._destroyed += 1
         self._opened.clear()
+        self._bytes = 0
 
     def forget(self, owner: str, version: int) -> None:
         """Drop one entry at once."""
@@ -123,12 +135,3 @@ class CachedVault:
     async def owners(self, prefix: str) -> list[tuple[str, float]]:
         """See ``Vault``."""
         return await self._vault.owners(prefix)
-
-
-def _copied(value: Any) -> Any:  # noqa: ANN401 - JSON data
-    """Return a copy of JSON data, at a tenth of the cost of ``copy.deepcopy``."""
-    if type(value) in _SCALARS:
-        return value
-    if isinstance(value, Mapping):
-        return {name: _copied(item) for name, item in value.items()}
-    return [_copied(item) for item in value] if isinstance(value, list) else value

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+import msgspec
 import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from sqlmodel import Session, col
@@ -21,6 +22,7 @@ from broker.vault.keyring import Seal, Sealer
 
 PURPOSE = "secret"
 KEPT_VERSIONS = 3
+_decode = msgspec.json.Decoder(dict[str, Any]).decode
 OWNER_LOCKS = 0x56415554  # "VAUT": the first half of the advisory locks on PostgreSQL, the owner's hash is the second
 
 
@@ -112,10 +114,10 @@ def _store_errors() -> Iterator[None]:
 
 
 def _object(plaintext: bytes) -> dict[str, Any]:
-    value = json.loads(plaintext)
-    if not isinstance(value, dict):
-        raise SecretUnreadable("the sealed value holds no object")
-    return value
+    try:
+        return _decode(plaintext)
+    except msgspec.MsgspecError:
+        raise SecretUnreadable("the sealed value holds no object") from None
 
 
 def _lock(session: Session, owner: str) -> None:

@@ -7,6 +7,7 @@ a picture of its own, so the Content-Security-Policy of ``security_headers`` can
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,6 +103,7 @@ class Pages:
             lstrip_blocks=True,
         )
         self._templates.globals["stylesheet_url"] = f"/assets/{self.stylesheet_name}"
+        self._templates.filters |= {"json": _json_text, "time": _time_text}
 
     def error_page(self, *, status: int, code: str, text: str, request_id: str) -> str:
         """Return the page for an error; ``text`` is ours (a ``BrokerError.detail``), ``request_id`` is for a report."""
@@ -154,6 +156,10 @@ class Pages:
             form_token=form_token,
         )
 
+    def console_page(self, template: str, **values: object) -> str:
+        """Return a page of the operators' console, of the folder ``templates/console``."""
+        return self._render(f"console/{template}", **values)
+
     def security_headers(self) -> dict[str, str]:
         """Return the headers of every page.
 
@@ -175,3 +181,12 @@ class Pages:
 
     def _render(self, template: str, **values: object) -> str:
         return self._templates.get_template(template).render(values)
+
+
+def _json_text(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, sort_keys=True)
+
+
+def _time_text(rfc3339: str | None) -> str:
+    """Return a time as people read it, to the second; a dash for none."""
+    return "\N{EN DASH}" if rfc3339 is None else f"{rfc3339[:19].replace('T', ' ')} UTC"

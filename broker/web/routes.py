@@ -127,7 +127,9 @@ async def disconnect(
         return nothing()
     await limiter.check("connect", address_of(request, settings))
     require_own_origin(request, settings)
-    form = await _form(request)
+    form = await form_of(request)
+    if form is None:
+        raise FlowError("state_invalid")
     cookies = cookies_of(request)
     session = await _owned(form, cookies, sessions, settings)
     connection_id = form.get("connection", "")
@@ -140,26 +142,28 @@ async def disconnect(
 
 
 def require_own_origin(request: AnyRequest, settings: Settings) -> None:
-    """Refuse a form that another site sent (FlowError ``state_invalid``).
+    """Refuse a form that another site sent (FlowError ``state_invalid``): see ``is_own_origin``."""
+    if not is_own_origin(request, settings):
+        raise FlowError("state_invalid")
+
+
+def is_own_origin(request: AnyRequest, settings: Settings) -> bool:
+    """Return whether a form may be one of our pages'.
 
     ``Sec-Fetch-Site`` decides where there is one. Our pages send no referrer, which makes ``Origin`` of our own forms
     ``null`` (Fetch, "append a request Origin header"): then the SameSite cookie and the form's token decide alone.
     """
     site, origin = request.headers.get("sec-fetch-site"), request.headers.get("origin", "null")
-    if site == "same-origin" or (site is None and origin in {"null", settings.public_url}):
-        return
-    raise FlowError("state_invalid")
+    return site == "same-origin" or (site is None and origin in {"null", settings.public_url})
 
 
-async def _form(request: AnyRequest) -> dict[str, str]:
-    """Return the fields of a form, each once (FlowError ``state_invalid`` for anything else)."""
+async def form_of(request: AnyRequest) -> dict[str, str] | None:
+    """Return the fields of a form, each once; None for anything else."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     body = await request.body()
     pairs = parse_qsl(body.decode("latin-1"), keep_blank_values=True) if kind == FORM else []
     fields = dict(pairs)
-    if len(fields) < len(pairs):
-        raise FlowError("state_invalid")
-    return fields
+    return None if len(fields) < len(pairs) else fields
 
 
 async def _owned(

@@ -19,7 +19,7 @@ from sqlmodel import Session, col
 from broker.database import Database, GroupReader
 from broker.models import Connection, WebhookEvent, WebhookSource
 from broker.webhooks.configured import Source
-from providers.spec import Received
+from providers.spec import Received, Verified
 from providers.webhook_accounts import account_of, ended_by
 from providers.webhook_places import Body
 
@@ -59,14 +59,14 @@ class Attributing:
         self._monotonic = monotonic
         self._held: dict[Key, tuple[float, Sequence[str]]] = {}
 
-    async def of(self, source: Source, received: Received, event_type: str) -> Attribution:
+    async def of(self, source: Source, received: Received, verified: Verified) -> Attribution:
         """Return whose a verified event is. A source that names its connection has the last word (DatabaseUnavailable)."""
         webhook = source.webhook
         if not webhook.account and not webhook.lifecycle:
             return NOBODYS if source.connection_id is None else Attribution(source.connection_id)
-        body = Body(received.body)
+        body = Body(received.body) if verified.body is None else verified.body
         account_id = account_of(webhook, received, body)
-        ended = ended_by(webhook, event_type, received, body)
+        ended = ended_by(webhook, verified.event_type, received, body)
         if account_id is None and ended is not None and len(ended.accounts) == 1:
             account_id = ended.accounts[0]
         if source.connection_id is not None or account_id is None:

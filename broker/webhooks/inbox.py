@@ -45,12 +45,12 @@ NOT_KEPT: Final = re.compile(
 )
 
 
-Attribute = Callable[[Source, Received, str], Awaitable[Attribution]]
+Attribute = Callable[[Source, Received, Verified], Awaitable[Attribution]]
 
 
-async def of_source(source: Source, received: Received, event_type: str) -> Attribution:
+async def of_source(source: Source, received: Received, verified: Verified) -> Attribution:
     """Return the connection that the source belongs to, if it does to one: what is known without looking into the event."""
-    del received, event_type
+    del received, verified
     return Attribution(source.connection_id)
 
 
@@ -93,7 +93,7 @@ class Inbox:
         then its twin), SecretStoreUnavailable when its body could not be sealed.
         """
         body = EventBody(received.body, content_type_of(received))
-        attribution = await self._attribute(source, received, verified.event_type)
+        attribution = await self._attribute(source, received, verified)
         arrived = self._arrived(source, received, verified, body, attribution)
         try:
             stored = await self._stored(arrived)

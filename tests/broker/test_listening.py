@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import AsyncIterator, Iterable
 from typing import Any, Literal
 
@@ -11,7 +12,16 @@ import pytest
 import pytest_asyncio
 import uvicorn
 
-from broker.listening import COUNT_REFUSED, GONE, LEAVING, LOOK_SECONDS, MAX_HEAD_BYTES, RAW_TARGET, BoundedHttp
+from broker.listening import (
+    COUNT_REFUSED,
+    GONE,
+    LEAVING,
+    LOOK_SECONDS,
+    MAX_HEAD_BYTES,
+    RAW_TARGET,
+    BoundedHttp,
+    Exchange,
+)
 from tests.flows.rig import reserved_socket
 
 START = b"POST / HTTP/1.1\r\nHost: x\r\n"
@@ -46,7 +56,9 @@ async def served(
 ) -> AsyncIterator[int]:
     """Serve ``app``; yield the port."""
     listener = reserved_socket()
-    config = uvicorn.Config(app, http=protocol, access_log=False, log_config=None, lifespan=lifespan)
+    config = uvicorn.Config(
+        app, http=protocol, access_log=False, log_config=None, lifespan=lifespan, proxy_headers=False
+    )
     server = uvicorn.Server(config)
     server.install_signal_handlers = lambda: None  # type: ignore[attr-defined] # the test owns them
     task = asyncio.create_task(server.serve(sockets=[listener]))
@@ -464,7 +476,8 @@ async def test_a_client_that_leaves_is_noticed_behind_its_pipelined_requests_and
         async with asyncio.timeout(3):
             await app.ended.wait()
     assert app.begun == app.gone == ["/first"]
-    assert caplog.text == ""  # asyncio and uvicorn log what is written to nobody
+    warned = [one.getMessage() for one in caplog.records if one.levelno >= logging.WARNING]
+    assert warned == []  # asyncio and uvicorn log what is written to nobody
 
 
 async def test_a_client_that_leaves_amid_its_body_is_noticed_though_nobody_reads_that() -> None:
@@ -619,3 +632,75 @@ async def _rest_of(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, r
     heard = await reader.read()
     writer.close()
     return heard
+
+
+class Idling(BoundedHttp):
+    """Lets a connection be idle for a fifth of a second."""
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
+        self.timeout_keep_alive = 0.2
+
+
+async def test_an_idle_connection_ends_so_long_after_its_last_answer_and_not_after_its_first() -> None:
+    async with served(Idling) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        began = asyncio.get_running_loop().time()
+        for _ in range(5):  # longer than it may be idle, and never that long at once
+            writer.write(get("/"))
+            assert b"200 OK" in await reader.readuntil(b"\r\n\r\n0")
+            await asyncio.sleep(0.1)
+        assert not reader.at_eof()
+        assert await asyncio.wait_for(reader.read(), 2) == b""
+        assert asyncio.get_running_loop().time() - began >= 0.6
+        writer.close()
+
+
+class Straight:
+    """An application with a lane for one path, that answers whole."""
+
+    def __init__(self) -> None:
+        self.long_way: list[str] = []
+
+    async def __call__(self, scope: Any, _receive: Any, send: Any) -> None:
+        self.long_way.append(scope["path"])
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"4")]})
+        await send({"type": "http.response.body", "body": b"long"})
+
+    def lane(self, method: bytes, target: bytes, fields: Any) -> Any:
+        assert (b"host", b"x") in fields
+        return self.serve if (method, target) == (b"GET", b"/lane") else None
+
+    async def serve(self, exchange: Exchange) -> None:
+        """Answer with what came."""
+        exchange.request_id = b"req_1"
+        message = await exchange.receive()
+        assert message["type"] == "http.request"
+        await exchange.answer(200, b"x-way: lane\r\n", b"lane")
+
+
+async def test_a_lane_serves_what_it_is_for_and_the_application_everything_else() -> None:
+    app = Straight()
+    async with served(app=app) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(get("/lane") + get("/other") + get("/lane"))
+        answers = [await reader.readuntil(end) for end in (b"\r\n\r\nlane", b"long", b"\r\n\r\nlane")]
+        writer.close()
+    assert [b"x-way: lane\r\ncontent-length: 4\r\nx-request-id: req_1\r\n\r\nlane" in one for one in answers] == [
+        True,
+        False,
+        True,
+    ]
+    assert app.long_way == ["/other"]
+
+
+@pytest.mark.parametrize(
+    ("request_line", "end"),
+    [(b"GET /lane HTTP/1.1\r\nConnection: close\r\n", b"lane<closed>"), (b"GET /lane HTTP/1.0\r\n", b"lane<closed>")],
+)
+async def test_a_lanes_answer_that_is_the_last_of_its_connection_says_so(request_line: bytes, end: bytes) -> None:
+    async with served(app=Straight()) as port:
+        heard = await said(port, [request_line + b"Host: x\r\n\r\n"])
+    assert b"connection: close\r\n" in heard
+    assert heard.endswith(end)
+    assert b"x-request-id: req_1\r\n" in heard

@@ -89,7 +89,7 @@ async def test_an_empty_database_has_no_revision_until_it_is_migrated(empty_data
     async with opened(empty_database_url, migrate=False) as database:
         assert await database.schema_revision() is None
         await database.migrate()
-        assert await database.schema_revision() == head_revision() == "0005"
+        assert await database.schema_revision() == head_revision() == "0006"
 
 
 async def test_a_second_migration_changes_nothing_and_keeps_the_data(database: Database) -> None:
@@ -111,7 +111,7 @@ async def test_a_schema_that_is_newer_than_the_code_is_left_as_it_is(database: D
 
 async def test_processes_that_migrate_the_same_empty_database_at_once_all_succeed(empty_database_url: str) -> None:
     outcomes = await _processes_migrate(empty_database_url, 3)
-    assert outcomes == [(0, "0005", "")] * 3
+    assert outcomes == [(0, "0006", "")] * 3
     database = open_database(empty_database_url)
     assert await database.read(_drift) == []
     await database.aclose()

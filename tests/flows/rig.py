@@ -48,7 +48,15 @@ def settings_for(data_dir: Path, public_url: str, **overrides: Any) -> Settings:
 async def serving(app: Any, listener: socket.socket) -> AsyncIterator[None]:
     """Serve an application on a bound socket inside this event loop, as `broker serve` does."""
     server = uvicorn.Server(
-        uvicorn.Config(app, http=BoundedHttp, access_log=False, log_config=None, lifespan="off", server_header=False)
+        uvicorn.Config(
+            app,
+            http=BoundedHttp,
+            access_log=False,
+            log_config=None,
+            lifespan="off",
+            server_header=False,
+            proxy_headers=False,
+        )
     )
     server.install_signal_handlers = lambda: None  # type: ignore[attr-defined] # the test owns them
     task = asyncio.create_task(server.serve(sockets=[listener]))

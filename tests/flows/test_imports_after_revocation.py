@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -171,5 +172,6 @@ async def test_a_process_that_still_has_the_old_secret_in_memory_hands_out_the_n
             assert await handed() == "old"
             await revoked(rig)
             assert await importing(rig, "new") == connection_id
-            assert parts.vault._opened[secret_owner(connection_id)].value["access_token"] == "old"  # type: ignore[attr-defined]
+            in_memory = parts.vault._opened[secret_owner(connection_id)].value  # type: ignore[attr-defined]
+            assert json.loads(in_memory)["access_token"] == "old"
             assert await handed() == "new"

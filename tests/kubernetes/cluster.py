@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import shutil
 import ssl
 import subprocess
 import sys
@@ -38,11 +39,12 @@ def server_binary() -> Path:
     return place
 
 
-def etcd_binary() -> Path:
-    """Return etcd, which `make test-k8s` unpacked."""
-    return next(
-        one for one in (Path("/usr/bin/etcd"), ROOT / ".cache" / "etcd" / "usr" / "bin" / "etcd") if one.exists()
-    )
+def unpacked_binary(program: str) -> Path:
+    """Return `etcd` or `kubectl`, which `make test-k8s` unpacked where they are not installed."""
+    found = shutil.which(program) or str(ROOT / ".cache" / program / "usr" / "bin" / program)
+    if not Path(found).is_file():
+        pytest.fail(f"{program} is missing ({found}): run `make test-k8s`", pytrace=False)
+    return Path(found)
 
 
 @dataclass
@@ -130,7 +132,7 @@ def _etcd(directory: Path, client: int, peer: int) -> list[str]:
     at, by = f"http://127.0.0.1:{client}", f"http://127.0.0.1:{peer}"
     own = [f"--listen-client-urls={at}", f"--advertise-client-urls={at}", f"--data-dir={directory / 'etcd'}"]
     peers = [f"--listen-peer-urls={by}", f"--initial-advertise-peer-urls={by}", f"--initial-cluster=default={by}"]
-    return [str(etcd_binary()), *own, *peers]
+    return [str(unpacked_binary("etcd")), *own, *peers]
 
 
 def _server(cluster: Cluster, etcd_port: int) -> list[str]:
@@ -228,5 +230,38 @@ class Jobs:
         status: Object = {"startTime": at, "conditions": [{"type": kind, **same} for kind in kinds]}
         status |= {"failed": 1} if self.fail else {"succeeded": 1, "completionTime": at}
         path = f"/apis/batch/v1/namespaces/{job['metadata']['namespace']}/jobs/{job['metadata']['name']}/status"
+        answer = self._cluster.call("PATCH", path, {"status": status})
+        assert answer.status_code in {200, 404}, answer.text
+
+
+class Deployments:
+    """Stands in for the controller of Deployments and the kubelet: each one has at once as many ready pods as it asks for."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        """See nothing yet."""
+        self._cluster = cluster
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> Self:
+        """Begin to look."""
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop looking."""
+        self._end.set()
+        self._thread.join(30)
+
+    def _run(self) -> None:
+        while not self._end.wait(0.1):
+            for one in self._cluster.get("/apis/apps/v1/deployments")["items"]:
+                if one.get("status", {}).get("observedGeneration") != one["metadata"]["generation"]:
+                    self._roll_out(one)
+
+    def _roll_out(self, one: Object) -> None:
+        counts = ("replicas", "updatedReplicas", "readyReplicas", "availableReplicas")
+        status = {"observedGeneration": one["metadata"]["generation"], **dict.fromkeys(counts, one["spec"]["replicas"])}
+        path = f"/apis/apps/v1/namespaces/{one['metadata']['namespace']}/deployments/{one['metadata']['name']}/status"
         answer = self._cluster.call("PATCH", path, {"status": status})
         assert answer.status_code in {200, 404}, answer.text

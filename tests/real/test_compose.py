@@ -12,8 +12,10 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -34,6 +36,9 @@ PARSER = ROOT / ".cache" / "image" / "compose"
 OURS = ("broker", "migrate", "worker")
 STORES = ("postgres", "redis", "vault", "vault-keeper")
 NOBODY = "65534"
+CURL = ROOT / "tests" / "curl_stand_in.py"
+PAGE = (ROOT / "docs" / "deploy-docker.md").read_text("utf-8")
+COMMANDS = re.findall(r"^\$ (.+)$", PAGE, re.MULTILINE)  # of its one block for compose
 
 CALL = """
 import json, sys, urllib.request
@@ -225,7 +230,7 @@ def stack(model: dict[str, Any]) -> Iterator[Stack]:
         place.chmod(0o755)  # the stores are other users
         shutil.copytree(ROOT / "compose", place / "compose", ignore=shutil.ignore_patterns("secrets*"))
         (place / "hosts").write_text("127.0.0.1 localhost postgres redis vault\n")
-        done = _make_secrets(place, "http://127.0.0.1:8000")
+        done = subprocess.run(shlex.split(COMMANDS[0]), cwd=place, capture_output=True, text=True, check=False)  # noqa: S603 - the page's
         assert done.returncode == 0, done.stderr
         network = container("--network=none", "--entrypoint=python", command=waits)
         stack = Stack(place, model, ending.enter_context(network))
@@ -338,6 +343,19 @@ def test_a_credential_that_one_replica_took_is_handed_out_by_the_other(stack: St
     _start_vault(stack)  # as `restart: unless-stopped` does; it comes up sealed, and the keeper unseals it
     _wait_until_healthy(stack)
     assert stack.call(1, "POST", f"/v1/connections/{connection}/token", key, {})["access_token"] == "the-secret"
+
+
+def test_the_commands_of_the_page_find_it_ready_and_make_an_administrator(stack: Stack) -> None:
+    """The first one made this stack's secrets; where the engine's `up` would be, the fixture brought it up."""
+    _, up, asked, added = map(shlex.split, COMMANDS)
+    assert up == ["docker", "compose", "up", "--build", "--detach", "--wait"]
+    assert asked[0] == "curl"
+    stack.start("curl", sys.executable, CURL, *asked[1:])
+    stack.wait("curl")
+    assert '"status":"ready"' in (stack.tree / "curl.log").read_text()
+    assert added[:4] == ["docker", "compose", "exec", "broker"]
+    made = stack.brokers[0].run(*added[4:])
+    assert (made.returncode, "brk_" in made.stdout) == (0, True), made.stderr
 
 
 def test_no_secret_shows_where_an_engine_shows_a_container(stack: Stack) -> None:

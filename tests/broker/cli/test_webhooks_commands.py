@@ -7,6 +7,9 @@ import base64
 import hashlib
 import hmac
 import json
+import os
+import re
+import shlex
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -23,7 +26,7 @@ from broker.cli.remote import Remote
 from broker.cli.running import Refused
 from broker.telemetry import configure_logging
 from providers.spec import Secret
-from tests.commands import Done, environment, logging_as_before
+from tests.commands import ROOT, Done, environment, logging_as_before
 from tests.flows.rig import Rig, eventually, open_rig, reserved_socket, serving
 
 PATIENCE_SECONDS = 30.0
@@ -177,6 +180,40 @@ async def test_listen_brings_events_of_the_stream_to_the_application_signed(rig:
     assert is_genuine(headers, body, secret)
     assert "x-hub-signature-256" not in headers
     assert "authorization" not in headers
+
+
+async def test_the_guides_command_asks_for_the_key_and_says_what_the_page_shows(rig: Rig, tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "webhooks.md").read_text("utf-8")
+    ((line, shown),) = re.findall(r"^```console\n\$ ([^\n]+)\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    asked, *said = shown.splitlines()
+    made, (terminal, keyboard) = await source(rig), os.openpty()
+    async with an_app() as app:
+        here = {"https://broker.example.com": rig.base, "http://localhost:3000": app.base}
+        for there, address in here.items():
+            assert there in line
+            line, said = line.replace(there, address), [one.replace(there, address) for one in said]
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", *shlex.split(line)),
+            cwd=tmp_path, env=environment(tmp_path), start_new_session=True,
+            stdin=keyboard, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+        )  # fmt: skip
+        assert process.stdout is not None
+        try:
+            async with asyncio.timeout(PATIENCE_SECONDS):
+                assert (await process.stdout.readuntil(b":")).decode() == asked
+                os.write(terminal, f"{rig.admin_key}\n".encode())
+                begun = [(await process.stdout.readline()).decode() for _ in said[:-1]]
+                await eventually(lambda: _streams(rig), seconds=PATIENCE_SECONDS)
+                await triggered(rig, made["id"])
+                lines = [*begun, (await process.stdout.readline()).decode()]
+        finally:
+            process.kill()
+            await process.wait()
+            os.close(terminal)
+            os.close(keyboard)
+    for printed, one in zip(lines, said, strict=True):
+        form = re.sub(r"\d+", r"\\d+", re.escape(one)).replace("…", r"\S+")
+        assert re.fullmatch(form, printed.rstrip()), (form, printed)
 
 
 async def _streams(rig: Rig) -> bool:

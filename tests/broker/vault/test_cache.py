@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from broker.database import opened
 from broker.errors import SecretStoreUnavailable
 from broker.vault import SecretNotFound, SecretUnreadable, Vault, VaultConflict
-from broker.vault.cache import LARGEST, CachedVault
+from broker.vault.cache import ENTRY_BYTES, MOST_BYTES, CachedVault
 from broker.vault.keyring import Keyring, open_sealer, parse_keys
 from broker.vault.sealed_rows import SealedRows
 from tests.broker.vault.vault_contract import CONTRACT
@@ -258,10 +258,38 @@ async def test_one_entry_can_be_forgotten() -> None:
 
 async def test_memory_is_bounded() -> None:
     store, vault, _ = await cached()
-    for number in range(LARGEST + 10):
-        store.values[f"o{number}"] = [{"a": number}]
+    size = 100_000
+    fit = MOST_BYTES // (size + ENTRY_BYTES)
+    for number in range(fit + 10):
+        store.values[f"o{number}"] = [{"a": "b" * size}]
         await vault.get(f"o{number}", 1)
-    assert len(vault._opened) == LARGEST
+    assert fit - 2 <= len(vault._opened) <= fit
+    reads = store.reads
+    await vault.get(f"o{fit + 9}", 1)
+    assert store.reads == reads  # the newest stayed
+    await vault.get("o0", 1)
+    assert store.reads == reads + 1
+
+
+async def test_what_was_let_go_of_makes_room_again() -> None:
+    store, vault, _ = await cached()
+    store.values["large"] = [{"a": "b" * (MOST_BYTES // 2)}]
+    for _ in range(5):
+        await vault.get("large", 1)
+        vault.forget("large", 1)
+    await vault.get("large", 1)
+    vault.clear()
+    store.values["other"] = [{"a": "b" * (MOST_BYTES // 2)}]
+    await vault.get("other", 1)
+    assert [*vault._opened] == ["other"]
+    assert vault._bytes <= MOST_BYTES // 2 + 1_000
+
+
+async def test_a_value_that_is_larger_than_all_room_is_not_kept() -> None:
+    store, vault, _ = await cached()
+    store.values["huge"] = [{"a": "b" * MOST_BYTES}]
+    assert await vault.get("huge", 1) == (1, {"a": "b" * MOST_BYTES})
+    assert not vault._opened
 
 
 async def test_owners_come_from_the_store() -> None:

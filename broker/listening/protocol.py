@@ -1,4 +1,4 @@
-"""How requests come in: uvicorn's HTTP protocol, with limits on a request's head and its time, stricter, and made cheaper."""
+"""uvicorn's HTTP protocol, with limits on a request's head and its time, and stricter: ``BoundedHttp``."""
 
 from __future__ import annotations
 
@@ -7,20 +7,17 @@ import json
 import random
 import re
 import select
-import sys
-from typing import Any, Final, NoReturn, cast
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Final, NoReturn, TypeAlias, cast
+from urllib.parse import unquote
 
+import httptools
 from uvicorn.config import Config
-from uvicorn.protocols.http.httptools_impl import (
-    HEADER_RE,
-    HEADER_VALUE_RE,
-    STATUS_LINE,
-    HttpToolsProtocol,
-    RequestResponseCycle,
-)
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
 from broker.errors import BrokerError, InvalidRequest, UpgradeUnsupported
+from broker.listening.exchange import GONE, RAW_TARGET, Exchange
 
 MAX_HEAD_BYTES: Final = 64 * 1024
 HEAD_SECONDS: Final = 20.0
@@ -31,112 +28,12 @@ UNSPOKEN_METHODS: Final = frozenset({b"CONNECT", b"TRACE"})
 WATCHED: Final = frozenset({b"host", b"content-length", b"transfer-encoding", b"expect"})
 AUTHORITY: Final = re.compile(rb"(?:[A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(?::[0-9]{1,5})?")
 COUNT_REFUSED: Final = "count_refused"  # in the lifespan's state: called for each request that is refused here
-UNUSUAL: Final = frozenset({b"connection", b"transfer-encoding"})
-RAW_TARGET: Final = "broker.raw_target"  # in the scope: the request target, byte for byte
-CUT: Final = "broker.cut"  # a message type: end the connection amid an answer, so that it cannot pass as whole
-BARE: Final = "broker.bare"  # in the start of an answer: it brings its own Date
 LEAVING: Final = "leaving"  # in the lifespan's state: its ``begun`` says that the process is about to end
-GONE: Final = "broker.gone"  # in the scope: a list of what to call, without arguments, when the client is gone
 LOOK_SECONDS: Final = 1.0
 _GONE_EVENTS: Final = getattr(select, "POLLRDHUP", 0)  # beside an error and the end of both ways, which always tell
 
-
-def raw_target(scope: Any) -> bytes:  # noqa: ANN401 - ASGI's own shape
-    """Return the request target byte for byte; put together where the server does not tell it."""
-    raw = scope.get(RAW_TARGET)
-    if raw is not None:
-        return bytes(raw)
-    query = scope["query_string"]
-    return bytes(scope["raw_path"] + (b"?" + query if query else b""))
-
-
-class WholeAnswers(RequestResponseCycle):
-    """Writes an answer that comes with its whole body at once, with one write and one look at its fields: 8 µs less.
-
-    All others go uvicorn's way but for their head, which waits for the first piece of the body, for HTTP/1.0, and for a
-    status above 599, which is nobody's but is sent (LinkedIn's 999). To a client that is gone nothing is said.
-    """
-
-    _start: Any = None
-    _until_close = False
-
-    async def run_asgi(self, app: Any) -> None:  # noqa: ANN401 - as in uvicorn, whose types are its own
-        """Have the request answered, if there is still somebody to be answered."""
-        if not self.disconnected:
-            await super().run_asgi(app)
-
-    def leave(self) -> None:
-        """Note that the client is gone: wake whoever waits for more of the request, and call what asked for it, once."""
-        if self.disconnected or self.response_complete:
-            return
-        self.disconnected = True
-        self.message_event.set()
-        for call in self.scope[GONE]:  # type: ignore[typeddict-item] # ours, beside the framework's
-            call()
-
-    async def send(self, message: Any) -> None:  # noqa: ANN401
-        """Take the next message of the application; of a client that is gone it does nothing."""
-        if self.disconnected:
-            return
-        if message["type"] == "http.response.start" and not self.response_started:
-            self._start = message
-            if (status := message["status"]) > 599:
-                STATUS_LINE.setdefault(status, b"HTTP/1.1 %d \r\n" % status)  # uvicorn has the lines up to 599
-            if message.get(BARE):
-                self.default_headers = []
-            return
-        if message["type"] == CUT:
-            self._cut()
-            return
-        start, self._start = self._start, None
-        if start is None:
-            await self._send_on(message)
-            return
-        answer = None if message.get("more_body") else self._whole(start, message.get("body", b""))
-        if answer is None or self.flow.write_paused:
-            self._measure(start)
-            await super().send(start)
-            await self._send_on(message)
-            return
-        self.response_started = self.response_complete = True
-        self.waiting_for_100_continue = False
-        self.transport.write(answer)
-        self.message_event.set()
-        self.on_response()
-
-    def _measure(self, start: Any) -> None:  # noqa: ANN401
-        """Let an answer to HTTP/1.0 without a length last until the connection ends, as chunks are not known there."""
-        if self.scope["http_version"] == "1.0" and all(
-            name.lower() != b"content-length" for name, _ in start["headers"]
-        ):
-            self.chunked_encoding, self.expected_content_length, self._until_close = False, sys.maxsize, True
-
-    async def _send_on(self, message: Any) -> None:  # noqa: ANN401
-        if self._until_close and not message.get("more_body"):
-            self.expected_content_length = len(message.get("body", b""))  # uvicorn looks whether all of it came
-        await super().send(message)
-
-    def _cut(self) -> None:
-        self.disconnected = self.response_started = self.response_complete = True
-        self.transport.abort()
-
-    def _whole(self, start: Any, body: bytes) -> bytes | None:  # noqa: ANN401
-        """Return the whole answer, None for one that is not quite ordinary."""
-        status, headers = start["status"], [*self.default_headers, *start["headers"]]
-        if not self.keep_alive or self.scope["method"] == "HEAD" or status in {204, 304}:
-            return None
-        if HEADER_RE.search(b"".join([name for name, _ in headers])):
-            return None
-        if HEADER_VALUE_RE.search(b"".join([value for _, value in headers])):
-            return None
-        has_length, content = False, [STATUS_LINE[status]]
-        for name, value in headers:
-            if name == b"content-length":
-                has_length = value == b"%d" % len(body)
-            elif name.lower() in UNUSUAL:
-                return None
-            content += (name, b": ", value, b"\r\n")
-        return b"".join((*content, b"\r\n", body)) if has_length else None
+# Serves one request, past ASGI's layers: an application may have a ``lane(method, target, fields)`` that finds one, or None.
+Lane: TypeAlias = Callable[[Exchange], Awaitable[None]]
 
 
 class BoundedHttp(HttpToolsProtocol):
@@ -181,9 +78,13 @@ class BoundedHttp(HttpToolsProtocol):
         self._has_host = self._has_body = False
         self._last = False  # nothing may follow this request
         self._refusal: BrokerError | None = None
-        self._running: WholeAnswers | None = None  # the request that is being answered; ``cycle`` is the newest one
+        self._running: Exchange | None = None  # the request that is being answered; ``cycle`` is the newest one
         self._look_timer: asyncio.TimerHandle | None = None
         self._poll: select.poll | None = None
+        self._idle_at: float | None = None  # since when everything is answered and nothing comes
+        self._idle_timer: asyncio.TimerHandle | None = None
+        self._lane: Callable[[bytes, bytes, Sequence[tuple[bytes, bytes]]], Lane | None] | None
+        self._lane = None if self.root_path else getattr(self.app, "lane", None)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as in uvicorn
         """Start the clock of the first head: a connection that says nothing is closed too."""
@@ -193,7 +94,7 @@ class BoundedHttp(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop the clocks, and tell every request that is not answered whole: uvicorn tells the newest alone."""
         self._stop_clock()
-        for timer in (self._look_timer, self._body_timer):
+        for timer in (self._look_timer, self._body_timer, self._idle_timer):
             if timer is not None:
                 timer.cancel()
         while self.pipeline:
@@ -212,6 +113,7 @@ class BoundedHttp(HttpToolsProtocol):
         if self._last:
             return  # it may be meant for a protocol that was not agreed on
         self._advanced = self._ended = False
+        self._idle_at = None
         super().data_received(data)
         if self._in_head and not self._ended and self._head_timer is None:
             self._start_clock()
@@ -223,7 +125,7 @@ class BoundedHttp(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         """Begin to count."""
-        super().on_message_begin()
+        self.url, self.headers, self.expect_100_continue = b"", [], False
         self._field_bytes, self._ended = 0, False
         self._has_host = self._has_body = False
 
@@ -232,7 +134,7 @@ class BoundedHttp(HttpToolsProtocol):
         self._field_bytes += len(url)
         if self._field_bytes > MAX_HEAD_BYTES:
             self._refuse(TOO_LARGE)
-        super().on_url(url)
+        self.url += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Count a field, of the head or a trailer, and keep those of the head: uvicorn's way would add a trailer to them."""
@@ -263,13 +165,44 @@ class BoundedHttp(HttpToolsProtocol):
         self._check_head()
         self._in_head, self._advanced = False, True
         self._stop_clock()
-        self.scope[RAW_TARGET] = self.url  # type: ignore[typeddict-unknown-key] # ours, beside the framework's
-        self.scope[GONE] = []  # type: ignore[typeddict-unknown-key]
-        super().on_headers_complete()
+        exchange = self._exchange()
+        lane = None if self._lane is None else self._lane(self.parser.get_method(), self.url, self.headers)
+        app = self.app if lane is None else lambda *_: lane(exchange)
+        before, self.cycle = self.cycle, exchange
         if self._last or self._is_leaving():
-            self.cycle.keep_alive = False
+            exchange.keep_alive = False
+        if before is None or before.response_complete:
+            self._start_asgi_task(exchange, app)
+        else:
+            self.flow.pause_reading()
+            self.pipeline.appendleft((exchange, app))
         if self.flow.read_paused:
             self._look_later()
+
+    def _exchange(self) -> Exchange:
+        """Return the exchange of the request whose head is whole."""
+        parser, target = self.parser, self.url
+        version, parts = parser.get_http_version(), httptools.parse_url(target)
+        path = parts.path.decode("ascii")
+        scope = {
+            "type": "http",
+            "asgi": {"version": self.asgi_version, "spec_version": "2.3"},
+            "http_version": version,
+            "server": self.server,
+            "client": self.client,
+            "scheme": self.scheme,
+            "root_path": self.root_path,
+            "headers": self.headers,
+            "state": self.app_state.copy(),
+            "method": parser.get_method().decode("ascii"),
+            "path": self.root_path + (unquote(path) if "%" in path else path),
+            "raw_path": self.root_path.encode("ascii") + parts.path,
+            "query_string": parts.query or b"",
+            RAW_TARGET: target,
+            GONE: [],
+        }
+        keep_alive = version != "1.0" and parser.should_keep_alive()
+        return Exchange(scope, self, keep_alive=keep_alive, on_response=self.on_response_complete)
 
     def _is_leaving(self) -> bool:
         leaving = self.app_state.get(LEAVING)
@@ -291,9 +224,42 @@ class BoundedHttp(HttpToolsProtocol):
         return bool(poll.poll(0))
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:  # noqa: ANN401
-        cycle.__class__ = WholeAnswers  # its task has not begun
-        self._running = cast("WholeAnswers", cycle)
-        super()._start_asgi_task(cycle, app)
+        self._running = exchange = cast("Exchange", cycle)
+        exchange.task = task = self.loop.create_task(self._run(exchange, app))
+        self.tasks.add(task)
+
+    async def _run(self, exchange: Exchange, app: Any) -> None:  # noqa: ANN401
+        """Have a request answered; the task takes itself out, which is cheaper than a callback of its own."""
+        try:
+            await exchange.run_asgi(app)
+        finally:
+            task, exchange.task = exchange.task, None
+            if task is not None:
+                self.tasks.discard(task)
+
+    def on_response_complete(self) -> None:
+        """Go on with the next request, or wait for one: one timer for the connection, not one for each request."""
+        self.server_state.total_requests += 1
+        if self.transport.is_closing():
+            return
+        self.flow.resume_reading()
+        if self.pipeline:
+            self._start_asgi_task(*self.pipeline.pop())
+            return
+        self._idle_at = self.loop.time()
+        if self._idle_timer is None:
+            self._idle_timer = self.loop.call_later(self.timeout_keep_alive, self._look_for_request)
+
+    def _look_for_request(self) -> None:
+        """End a connection that was idle for as long as one may be."""
+        self._idle_timer = None
+        if self._idle_at is None:
+            return  # the timer starts again when all is answered
+        left_seconds = self._idle_at + self.timeout_keep_alive - self.loop.time()
+        if left_seconds > 0:
+            self._idle_timer = self.loop.call_later(left_seconds, self._look_for_request)
+        else:
+            self.timeout_keep_alive_handler()
 
     def on_body(self, body: bytes) -> None:
         """Note that the body goes on."""
