@@ -5,8 +5,9 @@ No I/O and no clock: every function gets ``now`` (the database's, seconds since 
 
 from __future__ import annotations
 
+import hashlib
 import hmac
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from broker.errors import BrokerError, NotRefreshable, ProviderUnavailable, RateLimited, ReauthorizationRequired
@@ -41,7 +42,7 @@ class Held:
     Without ``has_token`` none was minted yet, whatever the times say.
     """
 
-    token_sha256: str
+    token: str = field(repr=False)
     expires_at: float | None
     lifetime_seconds: float | None
     refreshable: bool
@@ -49,6 +50,11 @@ class Held:
     not_before_at: float | None
     jitter: float = 0.5
     has_token: bool = True
+
+    @property
+    def token_sha256(self) -> str:
+        """By which callers name the token."""
+        return hashlib.sha256(self.token.encode()).hexdigest()
 
     def live(self, now: float) -> bool:
         """Whether there is a token that the provider should still accept."""

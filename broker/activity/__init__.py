@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
 
 import structlog
-from sqlmodel import Session
 
 from broker.activity import stored
 from broker.activity.exposing import STATES, Exposition
@@ -23,6 +23,7 @@ from broker.telemetry import Metrics
 __all__ = ["Activity", "CallDone", "Tally", "percentile", "shown", "sweep"]
 
 FLUSH_SECONDS = 2.0
+LINES_AT_ONCE = 40
 log = structlog.get_logger()
 
 
@@ -147,18 +148,25 @@ class Activity:
         tallies, self._pending = self._pending, {}
         lines = self._sample.take()
 
-        def work(session: Session) -> None:
-            stored.add_figures(session, tallies)
-            stored.add_lines(session, lines)
-
         try:
-            await self._database.transaction(work)
+            await self._database.transaction(lambda session: stored.add_figures(session, tallies))
         except BrokerError as error:
             log.warning("activity.not_written", calls=sum(one.calls for one in tallies.values()), error_code=error.code)
             self._take_back(tallies)  # the figures are tried again, the lines are not
         else:
             for name, tally in tallies.items():
                 self._written.setdefault(name, Tally()).merge(tally)
+            await self._write_lines(lines)
+
+    async def _write_lines(self, lines: Sequence[tuple[float, CallDone]]) -> None:
+        """Write them a few at a time: audit records wait behind each transaction, and calls for those."""
+        for start in range(0, len(lines), LINES_AT_ONCE):
+            some = lines[start : start + LINES_AT_ONCE]
+            try:
+                await self._database.transaction(partial(stored.add_lines, lines=some))
+            except BrokerError as error:
+                log.warning("activity.lines_not_written", lines=len(lines) - start, error_code=error.code)
+                return
 
     def _take_back(self, tallies: Mapping[str, Tally]) -> None:
         for name, tally in tallies.items():

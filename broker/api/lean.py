@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import msgspec
@@ -50,6 +51,9 @@ class LeanRoute(HTTPRouteHandler):
     A guard besides ``strict_request``, which this stands in for, is refused when the application is made, as is a third
     middleware: ``ExpressLane`` passes it by.
     """
+
+    _of: Any = None  # whose parts ``_fixed`` are
+    _fixed: Mapping[str, Any] = MappingProxyType({})
 
     def resolve_middleware(self) -> list[Middleware]:
         """Return the framework's list with this route's own way as the innermost, which calls nothing further."""
@@ -95,8 +99,9 @@ class LeanRoute(HTTPRouteHandler):
 
     def _given(self, scope: Scope) -> dict[str, Any]:
         parts = scope["litestar_app"].state["parts"]
-        given = {name: getattr(parts, name) for name in self._parts}
-        return {**given, "principal": scope["state"]["principal"], "scope": scope}
+        if self._of is not parts:
+            self._of, self._fixed = parts, {name: getattr(parts, name) for name in self._parts}
+        return {**self._fixed, "principal": scope["state"]["principal"], "scope": scope}
 
 
 def lean_post(path: str, *, responses: Mapping[int, ResponseSpec]) -> LeanRoute:

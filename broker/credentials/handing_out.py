@@ -126,7 +126,7 @@ def held_from(row: Standing, value: Mapping[str, Any]) -> Held:
     """Return what ``decide`` needs of a row and its opened secret (pure)."""
     token = bearer_of(value)
     return Held(
-        token_sha256=sha256_hex(token),
+        token=token,
         expires_at=row.token_expires_at,
         lifetime_seconds=value.get("lifetime_seconds"),
         refreshable=row.refreshable,

@@ -65,6 +65,8 @@ def require_pinned(row: Standing, configured: Configured) -> None:
     same.
     """
     current = configured.endpoints.origins
+    if row.pins == current:
+        return
     moved = any(name in current and current[name] != origin for name, origin in row.pins.items())
     home = renewal_home(current)
     if moved or ("token" in current and "token" not in row.pins) or home not in {None, renewal_home(row.pins)}:

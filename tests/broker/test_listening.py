@@ -639,7 +639,7 @@ class Idling(BoundedHttp):
 
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
-        self.timeout_keep_alive = 0.2
+        self.timeout_keep_alive = 0.2  # type: ignore[assignment] # uvicorn says int, and counts with it
 
 
 async def test_an_idle_connection_ends_so_long_after_its_last_answer_and_not_after_its_first() -> None:

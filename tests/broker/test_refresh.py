@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 
 import pytest
@@ -38,14 +39,15 @@ from broker.token_endpoint import TokenRefusal
 from providers.spec import Refresh
 
 NOW = 1_800_000_000.0
-SHA = "a" * 64
-HELD = Held(SHA, NOW + 3600, 3600.0, refreshable=True, refreshed_at=NOW - 60, not_before_at=None)
+TOKEN = "the token"
+SHA = hashlib.sha256(TOKEN.encode()).hexdigest()
+HELD = Held(TOKEN, NOW + 3600, 3600.0, refreshable=True, refreshed_at=NOW - 60, not_before_at=None)
 STRICT, GRACE, STATIC = Refresh(), Refresh(grace_seconds=30), Refresh(rotates=False)
 
 times = st.none() | st.floats(NOW - 10_000, NOW + 10_000)
 holdings = st.builds(
     Held,
-    token_sha256=st.just(SHA),
+    token=st.just(TOKEN),
     expires_at=times,
     lifetime_seconds=st.none() | st.floats(0, 100_000),
     refreshable=st.booleans(),
