@@ -74,6 +74,7 @@ class LeanRoute(HTTPRouteHandler):
         return tuple({*self.parsed_fn_signature.parameters} & {*self.resolve_dependencies()} - {"principal"})
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        require_path_parts(scope["path_params"])
         body = await self.answer(scope, receive)
         if body is not None:
             await _send_json(send, body)
@@ -81,10 +82,10 @@ class LeanRoute(HTTPRouteHandler):
     async def answer(self, scope: Scope, receive: Receive) -> bytes | None:
         """Return the answer to a request whose caller is known, None when the client left in the middle of its body.
 
-        Raises what is wrong with the request, and what the function raises.
+        Whether the parts of its path can be ids was looked at before. Raises what is wrong with the request, and what the
+        function raises.
         """
         arguments: dict[str, Any] = dict(scope["path_params"])
-        require_path_parts(arguments)
         if scope["query_string"] and (problems := query_problems(scope["query_string"], ())):
             raise InvalidRequest(errors=problems)
         kind, length = _head_of_body(scope)

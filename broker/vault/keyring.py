@@ -21,6 +21,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import functools
 import hmac
 import os
 import re
@@ -381,7 +382,10 @@ class Sealer:
 
         A key id that is unknown here may be a new one of another replica: ``open_fresh`` loads it.
         """
-        key_id, sealed_version, nonce, ciphertext = _parsed(sealed)
+        return self._opened(_parsed(sealed), owner, purpose, version)
+
+    def _opened(self, parts: tuple[str, int, bytes, bytes], owner: str, purpose: str, version: int) -> bytes:
+        key_id, sealed_version, nonce, ciphertext = parts
         key = self._keys.get(key_id)
         if key is None or sealed_version != version:
             raise SecretUnreadable("the sealed value does not open")
@@ -395,9 +399,10 @@ class Sealer:
 
         Raises ``SecretUnreadable``, and what ``refresh`` raises when it was needed and failed.
         """
-        if not self.knows(sealed):
+        parts = _parsed(sealed)
+        if parts[0] not in self._keys:
             await self.refresh(database)
-        return self.open(sealed, owner=owner, purpose=purpose, version=version)
+        return self._opened(parts, owner, purpose, version)
 
     @staticmethod
     def key_id_of(sealed: bytes) -> str:
@@ -465,9 +470,20 @@ def _joined(*parts: bytes) -> bytes:
 
 
 def _bound(owner: str, purpose: str, version: int, key_id: str) -> bytes:
-    """Return the associated data of a value."""
-    number = version.to_bytes(VERSION_BYTES, "big")
-    return _joined(bytes([FORMAT]), _encoded(owner), _encoded(purpose), number, _encoded(key_id))
+    """Return the associated data of a value: format, owner, purpose, version and key id, each behind its length."""
+    owned, number = _encoded(owner), version.to_bytes(VERSION_BYTES, "big")
+    return b"".join(
+        (_FORMAT_PART, len(owned).to_bytes(4, "big"), owned, _part(purpose), _VERSION_LENGTH, number, _part(key_id))
+    )
+
+
+@functools.lru_cache(256)  # purposes and key ids are few
+def _part(text: str) -> bytes:
+    return _joined(_encoded(text))
+
+
+_FORMAT_PART = _joined(bytes([FORMAT]))
+_VERSION_LENGTH = VERSION_BYTES.to_bytes(4, "big")
 
 
 def _header(key_id: str, version: int) -> bytes:
