@@ -41,7 +41,7 @@ define HELP
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-real test-k8s helm-tools vault redis image check bench bench-tokens bench-vault bench-proxy bench-webhooks bench-rolling bench-overload soak-mixed peers shipped crash soak chaos fresh-check lock sbom audit-dependencies \
+.PHONY: help demo test test-real test-k8s helm-tools vault redis image check bench bench-tokens bench-vault bench-proxy bench-webhooks bench-rolling bench-overload soak-mixed peers crash soak chaos fresh-check lock sbom audit-dependencies \
 	clean runtime-environment dev-environment check-lint check-format check-types check-imports check-rules
 
 help:
@@ -138,11 +138,7 @@ check-rules:
 
 bench bench-tokens bench-vault bench-proxy bench-webhooks bench-rolling bench-overload soak-mixed: export PYTHONPATH := $(CURDIR)
 
-# The Python of the image, on which benchmarks run the broker.
-shipped: dev-environment
-	@$(BIN)/python benchmarks/_shipped.py
-
-bench-tokens: dev-environment shipped
+bench-tokens: dev-environment
 	$(BIN)/python benchmarks/tokens.py
 
 bench-vault: dev-environment vault

@@ -7,6 +7,7 @@ import contextlib
 import os
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 import urllib.request
@@ -16,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
-from _shipped import python
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
@@ -96,14 +96,16 @@ def _wait_for(url: str, process: subprocess.Popen[bytes]) -> None:
 
 def broker_server(environment: Mapping[str, str]) -> contextlib.AbstractContextManager[Server]:
     """Run ``broker serve`` with these settings and nothing else of this machine's environment."""
-    return running([python(), "-m", "broker", "serve", "--port", "{port}"], "/health/ready", environment)
+    return running([sys.executable, "-m", "broker", "serve", "--port", "{port}"], "/health/ready", environment)
 
 
-def peer_server(module: str, path: str) -> contextlib.AbstractContextManager[Server]:
+def peer_server(
+    module: str, path: str, *, interpreter: str = sys.executable
+) -> contextlib.AbstractContextManager[Server]:
     """Run an application of ``peers/`` under uvicorn with the flags that ``broker serve`` has."""
     flags = ["--http", "httptools", "--loop", "uvloop", "--no-access-log", "--log-level", "critical"]
     flags += ["--no-server-header", "--no-proxy-headers", "--app-dir", str(HERE)]
-    return running([python(), "-m", "uvicorn", f"peers.{module}:app", "--port", "{port}", *flags], path)
+    return running([interpreter, "-m", "uvicorn", f"peers.{module}:app", "--port", "{port}", *flags], path)
 
 
 class Postgres:

@@ -2,7 +2,8 @@
 
 The image stands on Debian's Python 3.13, which is compiled with its profile and across its files. A machine's own may be
 neither (pyenv's is not by default), which makes every Python program a third slower, and only those: beside a proxy in C++ or
-Go that is no comparison. All Python of a benchmark runs on it, the peers too.
+Go that is no comparison. So where a peer is compiled (proxy.py, webhooks.py) all Python runs on it, the peers too; where both
+sides are Python (tokens.py) both run on the environment's own, as they always did.
 
 It comes from the files of `.ci/image/engine.py base`, and lies in `.cache/peers`, with the broker's locked packages. Where it
 cannot be made (no Debian, no root), the environment's own Python is used, and a benchmark says so. By itself:

@@ -26,7 +26,6 @@ import sqlalchemy as sa
 from _fill import fill
 from _load import Measured, measure
 from _servers import Server, broker_server, peer_server, postgres, stay_on_load_core
-from _shipped import described
 from sqlmodel import Session
 
 from broker.callers import mint_key
@@ -166,7 +165,6 @@ def growth() -> tuple[float, float]:
 
 def main() -> None:
     """Run everything; print the table, what was missed, and the JSON line."""
-    print(f"Python: {described()}", flush=True)
     stay_on_load_core()
     with postgres() as new_database:
         ratios = speed(new_database)

@@ -190,7 +190,7 @@ def webhook(place: Path) -> Iterator[Taker]:
 def hmac_only(place: Path) -> Iterator[Taker]:
     """Run the application that checks the HMAC and keeps nothing."""
     secret = json.loads(HOOKS.read_text(encoding="ascii"))[0]["trigger-rule"]["match"]["secret"]
-    with peer_server("hmac_only", "/") as server:
+    with peer_server("hmac_only", "/", interpreter=python()) as server:
         yield Taker("HMAC only", server, push_file(place, "hmac", "/push", secret, 202, "true"))
 
 
