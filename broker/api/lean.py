@@ -39,7 +39,8 @@ from broker.listening import Exchange, Lane
 
 PASSED_BY = 2  # middlewares: Authentication and Idempotency
 _PLAIN_HOST = re.compile(rb"[A-Za-z0-9.-]{1,253}(:[0-9]{1,5})?")
-_JSON = b"content-type: application/json\r\ncache-control: no-store\r\n"
+_FIELDS = ((b"content-type", b"application/json"), (b"cache-control", b"no-store"))
+_LINES = b"".join(b"%b: %b\r\n" % one for one in _FIELDS)
 _encode = msgspec.json.Encoder().encode
 
 
@@ -158,7 +159,7 @@ class ExpressLane:
         try:
             body = await self._served(found, scope, exchange.receive, exchange.send)  # type: ignore[arg-type] # the same
             if body is not None:
-                await exchange.answer(200, _JSON, body)
+                await exchange.answer(200, _LINES, body)
         finally:
             self._room.leave()
 
@@ -211,10 +212,6 @@ def _head_of_body(scope: Scope) -> tuple[str, int]:
 
 async def _send_json(send: Send, body: bytes) -> None:
     """Send an answer that nobody may keep."""
-    headers = [
-        (b"content-type", b"application/json"),
-        (b"cache-control", b"no-store"),
-        (b"content-length", str(len(body)).encode()),
-    ]
+    headers = [*_FIELDS, (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     await send({"type": "http.response.body", "body": body, "more_body": False})

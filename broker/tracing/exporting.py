@@ -28,7 +28,7 @@ class Exporting:
 
     def __init__(self, settings: Settings, environ: Mapping[str, str]) -> None:
         """Start the SDK; its exporter reads the standard variables itself."""
-        resource = Resource.create(dict(about(settings, environ)))
+        resource = Resource.create(about(settings, environ))
         self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
         self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
         self._tracer = self._provider.get_tracer("broker", __version__)

@@ -49,7 +49,7 @@ class Sending:
     def __init__(self, settings: Settings, environ: Mapping[str, str], lost: Callable[[str, int], None]) -> None:
         """Start the thread; the exporter reads the standard variables itself."""
         self._exporter = OTLPLogExporter()
-        self._about = (Resource.create(dict(about(settings, environ))), InstrumentationScope("broker", __version__))
+        self._about = (Resource.create(about(settings, environ)), InstrumentationScope("broker", __version__))
         self._lost = lost
         self._waiting: deque[Mapping[str, Any]] = deque()
         self._most_waiting = _whole(environ, *MOST_WAITING)

@@ -193,13 +193,11 @@ def _await_ready(cluster: Cluster) -> None:
         time.sleep(0.2)
 
 
-class Jobs:
-    """Stands in for the controller and the kubelet of Jobs: each new one ends at once, well or (``fail``) not."""
+class Controller:
+    """Looks at a cluster ten times a second while its block runs."""
 
     def __init__(self, cluster: Cluster) -> None:
         """See nothing yet."""
-        self.fail = False
-        self.seen: list[Object] = []
         self._cluster = cluster
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -215,13 +213,31 @@ class Jobs:
         self._thread.join(30)
 
     def _run(self) -> None:
-        ended: set[str] = set()
         while not self._end.wait(0.1):
-            for job in self._cluster.get("/apis/batch/v1/jobs")["items"]:
-                if job["metadata"]["uid"] not in ended:
-                    ended.add(job["metadata"]["uid"])
-                    self.seen.append(job)
-                    self._finish(job)
+            self.look()
+
+    def look(self) -> None:
+        """Do what has to be done now."""
+        raise NotImplementedError
+
+
+class Jobs(Controller):
+    """Stands in for the controller and the kubelet of Jobs: each new one ends at once, well or (``fail``) not."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        """See nothing yet."""
+        super().__init__(cluster)
+        self.fail = False
+        self.seen: list[Object] = []
+        self._ended: set[str] = set()
+
+    def look(self) -> None:
+        """End the Jobs that are new."""
+        for job in self._cluster.get("/apis/batch/v1/jobs")["items"]:
+            if job["metadata"]["uid"] not in self._ended:
+                self._ended.add(job["metadata"]["uid"])
+                self.seen.append(job)
+                self._finish(job)
 
     def _finish(self, job: Object) -> None:
         at = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
@@ -234,30 +250,14 @@ class Jobs:
         assert answer.status_code in {200, 404}, answer.text
 
 
-class Deployments:
+class Deployments(Controller):
     """Stands in for the controller of Deployments and the kubelet: each one has at once as many ready pods as it asks for."""
 
-    def __init__(self, cluster: Cluster) -> None:
-        """See nothing yet."""
-        self._cluster = cluster
-        self._end = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-
-    def __enter__(self) -> Self:
-        """Begin to look."""
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Stop looking."""
-        self._end.set()
-        self._thread.join(30)
-
-    def _run(self) -> None:
-        while not self._end.wait(0.1):
-            for one in self._cluster.get("/apis/apps/v1/deployments")["items"]:
-                if one.get("status", {}).get("observedGeneration") != one["metadata"]["generation"]:
-                    self._roll_out(one)
+    def look(self) -> None:
+        """Roll out what is new or changed."""
+        for one in self._cluster.get("/apis/apps/v1/deployments")["items"]:
+            if one.get("status", {}).get("observedGeneration") != one["metadata"]["generation"]:
+                self._roll_out(one)
 
     def _roll_out(self, one: Object) -> None:
         counts = ("replicas", "updatedReplicas", "readyReplicas", "availableReplicas")
